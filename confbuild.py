@@ -17189,13 +17189,15 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Source:
             outputs = find_outputs(source, options.toolchain, subdir)
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
         with suppress(BuildFailed):
-            marker = detect_toolchains(source, options.toolchain, subdir)[0].marker
-            path = normpath(join(subdir, marker))
+            found = detect_toolchains(source, options.toolchain, subdir)
+            path, *others = [normpath(join(subdir, toolchain.marker)) for toolchain in found]
             if path not in packed.files:
                 if subdir and not options.submodules and lexists(join(source, subdir, ".git")):
                     raise UsageError(f"{source}: {subdir} is a submodule, which is not packed", "--submodules packs it")
-                hint = shlex.join(["git", "-C", source, "add", "-f", path])
-                raise UsageError(f"{source}: git ignores {path}, so it is not in the source", f"`{hint}`")
+                said, hint = f"git ignores {path}, so it is not in the source", ["git", "-C", source, "add", "-f", path]
+                if not {*others} & {*packed.files}:
+                    raise UsageError(f"{source}: {said}", f"`{shlex.join(hint)}`")
+                say(said, f"`{shlex.join(hint)}`")
         return packed
     except OSError as e:  # a full disk names no file
         raise UsageError(

@@ -32512,6 +32512,25 @@ class TestBuild:
             )
             assert done.returncode == 0, done.stderr
 
+    @needs("git")
+    def test_a_marker_that_git_ignores(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Such as the Cargo.lock of a library for node. Another toolchain builds what was sent."""
+        recipe = 'command = ["true"]\nartifacts = ["a"]\n'
+        files = {"go.mod": "module m\ngo 1.17\n", "main.go": "package main\nfunc main() {}\n", ".gitignore": "*.toml\n"}
+        demo = write_files(tmp_path / "demo", files, commit=True)
+        write_files(demo, {"confbuild.toml": recipe, "a": "1"})
+        said, hint = "git ignores confbuild.toml, so it is not in the source", f"git -C {demo} add -f confbuild.toml"
+        scratch, options = tmp_path / "scratch", confbuild.parse_arguments(["build", str(demo)])
+        scratch.mkdir()
+        packed = confbuild._pack(options, str(tmp_path / "a"), str(scratch))
+        assert "confbuild.toml" not in packed.files and "go.mod" in packed.files
+        assert capsys.readouterr().err == f"confbuild: {said}\nconfbuild: hint: `{hint}`\n"
+        (demo / "go.mod").unlink()
+        (scratch / "pack").rename(scratch / "old")
+        with pytest.raises(confbuild.UsageError, match=f"{demo}: {said}") as caught:
+            confbuild._pack(options, str(tmp_path / "a"), str(scratch))
+        assert caught.value.hint == f"`{hint}`"
+
     def test_sigchld_is_ignored(self, tmp_path: Path) -> None:
         """Some parents leave it so: without an exit status, Python would take every child for one that succeeded."""
         write_files(
