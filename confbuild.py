@@ -5344,7 +5344,7 @@ def run_tool(
     cwd: str,
     env: Strings,
     lines_out: Callable[[list[str]], None],
-    keep_stdout: bool = False,
+    keep_stdout: bool,
 ) -> tuple[int, bytes]:
     """Run a build tool, pass its lines to lines_out as they come, and return (exit status, stdout if requested).
 
@@ -6413,7 +6413,7 @@ def _folder_size(folder: str) -> int:
     return size
 
 
-def _init_repository(git: str, algorithm: str, more: str = "") -> None:
+def _init_repository(git: str, algorithm: str, more: str) -> None:
     """Make git the folder of an empty repository with this object format. more: lines of its configuration."""
     config = "[core]\nrepositoryformatversion = 0\n"
     if algorithm == "sha256":
@@ -6720,9 +6720,9 @@ class Source(NamedTuple):
 def read_source(
     directory: str,
     scratch: str,
-    outputs: Sequence[str] = (),
-    submodules: bool = False,
-    allow_filters: bool = False,
+    outputs: Sequence[str],
+    submodules: bool,
+    allow_filters: bool,
 ) -> Source:
     """Find the source in directory. [CONTRACT 5.4]
 
@@ -6852,9 +6852,9 @@ def pack_directory(
     directory: str,
     archive: str,
     workspace: str,
-    outputs: Sequence[str] = (),
-    submodules: bool = False,
-    allow_filters: bool = False,
+    outputs: Sequence[str],
+    submodules: bool,
+    allow_filters: bool,
 ) -> Source:
     """Pack the source in directory into the gzip tarball archive, and return it. [CONTRACT 5.4]
 
@@ -7121,7 +7121,7 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     raise failure
 
 
-def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
+def read_inputs(toolchain: Toolchain, root: str, folder: str) -> Toolchain:
     """Return the plan of a project without its programs.
 
     folder: of the project in the source root.
@@ -8536,7 +8536,7 @@ def run_pipeline(
     policy: SourcePolicy,
     attester: Attester,
     emit: Emit,
-    cache: str | None = None,
+    cache: str | None,
 ) -> str:
     """Build a source and return the path of the bundle's archive.
 

@@ -10702,7 +10702,7 @@ class TestProcesses:
 confbuild.guard_process()
 def refuse(lines): raise ValueError("no more")
 try:
-    confbuild.run_tool(["sh", "-c", "setsid sleep 60 & echo one; exec sleep 60"], "/", dict(os.environ), refuse)
+    confbuild.run_tool(["sh", "-c", "setsid sleep 60 & echo one; exec sleep 60"], "/", dict(os.environ), refuse, False)
 except ValueError as e:
     answer([str(e), len(confbuild.descendants(os.getpid()))])"""
         assert drive(call, MARK=mark) == ["no more", 0] and marked(mark) == []
@@ -11933,7 +11933,7 @@ class TestGitTree:
         with pytest.raises(
             confbuild.UsageError, match=f"^{tmp_path}: 'pipe' is neither a file nor a link, or cannot be read$"
         ):
-            confbuild.pack_directory(str(tmp_path), str(scratch / "a.tar.gz"), str(scratch))
+            confbuild.pack_directory(str(tmp_path), str(scratch / "a.tar.gz"), str(scratch), (), **PLAIN)
 
     def test_a_deep_repository(self, tmp_path: Path) -> None:
         """A fetched one, which no archive's limit has seen: no RecursionError."""
@@ -12849,6 +12849,9 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+PLAIN: Mapping[str, bool] = {"submodules": False, "allow_filters": False}
+
+
 @needs("git")
 @pytest.mark.usefixtures("plain_git")
 def outputs_of(directory: Path) -> list[str]:
@@ -12873,7 +12876,12 @@ class TestCheckout:
     def pack(directory: Path, tmp_path: Path) -> confbuild.Source:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             return confbuild.pack_directory(
-                str(directory), str(tmp_path / "packed.tar.gz"), scratch, outputs_of(directory), allow_filters=True
+                str(directory),
+                str(tmp_path / "packed.tar.gz"),
+                scratch,
+                outputs_of(directory),
+                submodules=False,
+                allow_filters=True,
             )
 
     @pytest.mark.parametrize("state", ["clean", "modified", "missing", "unborn"])
@@ -13121,7 +13129,7 @@ class TestCheckout:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(tempfile, "tempdir", ".")
         os.mkdir("scratch")
-        source = confbuild.read_source("demo", "scratch", (), submodules=True)
+        source = confbuild.read_source("demo", "scratch", (), submodules=True, allow_filters=False)
         assert source.history.commit and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
 
     def test_temporary_files_in_the_source(self, tmp_path: Path) -> None:
@@ -13130,7 +13138,7 @@ class TestCheckout:
         (root / "tmp").mkdir()
         message = f"it contains {root / 'tmp'}, the folder of temporary files"
         with pytest.raises(confbuild.BuildFailed, match=message) as refused:
-            confbuild.read_source(str(root), str(root / "tmp"))
+            confbuild.read_source(str(root), str(root / "tmp"), (), **PLAIN)
         assert refused.value.hint == "TMPDIR names another folder"
 
     def test_odd_names_that_differ(self, tmp_path: Path) -> None:
@@ -13166,7 +13174,7 @@ class TestCheckout:
             git(root, "commit", "-qm", "two")
             if origin:
                 git(root, "remote", "add", "origin", origin)
-            history = confbuild.read_source(str(root), str(tmp_path)).history
+            history = confbuild.read_source(str(root), str(tmp_path), (), **PLAIN).history
             assert f"vcs_url=git+{expected}@" in str(history.submodules["inner"]["uri"]), (origin, url)
 
     def test_a_submodule_as_the_folder_to_build(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -13208,7 +13216,7 @@ class TestPackDirectory:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         packed = confbuild.pack_directory(
-            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), outputs_of(directory), **options
+            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), outputs_of(directory), **{**PLAIN, **options}
         )
         with tarfile.open(tmp_path / "packed.tar.gz") as tar:
             members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
@@ -13495,7 +13503,7 @@ class TestSources:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             archive = os.path.join(scratch, "packed.tar.gz")
             packed = confbuild.pack_directory(
-                str(root), archive, tempfile.mkdtemp(dir=scratch), outputs_of(root), **options
+                str(root), archive, tempfile.mkdtemp(dir=scratch), outputs_of(root), **{**PLAIN, **options}
             )
             out = tempfile.mkdtemp(dir=scratch)
             confbuild.unpack_archive(archive, out)
@@ -13700,7 +13708,7 @@ class TestSources:
                 confbuild.fetch_git(url, "", str(out), ORACLE_ENV, confbuild.SourcePolicy(("file",)))
             else:
                 out.mkdir()
-                confbuild.pack_directory(str(root), str(tmp_path / "a"), tempfile.mkdtemp(dir=tmp_path))
+                confbuild.pack_directory(str(root), str(tmp_path / "a"), tempfile.mkdtemp(dir=tmp_path), (), **PLAIN)
                 confbuild.unpack_archive(str(tmp_path / "a"), str(out))
                 out = out / "demo"
             assert git(out, "tag").split() == ["light", "v1"] and git(out, "describe") == "v1"
@@ -13713,7 +13721,7 @@ class TestSources:
         for name in names:
             git(root, "tag", name)
         assert self.pack(root, tmp_path)[0].history.commit
-        source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path))
+        source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path), (), **PLAIN)
         known = git(Path(source.git).parent, "-c", "core.quotePath=false", "tag").split()
         assert sorted(known) == sorted(name for name in names if name.isprintable())
 
@@ -13729,7 +13737,7 @@ class TestSources:
         git(linked, "tag", "v2")
         for folder, tag in ((root, "v1"), (linked, "v2")):
             assert self.pack(folder, tmp_path)[0].history.commit == git(folder, "rev-parse", "HEAD")
-            source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path))
+            source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path), (), **PLAIN)
             assert git(Path(source.git).parent, "describe", "--tags") == tag
 
     def test_many_tags(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13760,9 +13768,9 @@ class TestSources:
                 (root / "a.txt").write_text(change)
             scratch = tmp_path / f"scratch-{in_place}"
             scratch.mkdir()
-            source = confbuild.read_source(str(root), str(scratch))
+            source = confbuild.read_source(str(root), str(scratch), (), **PLAIN)
             assert source.history.commit and (source.root == str(root)) is in_place, source.note
-            packed = confbuild.pack_directory(str(root), str(tmp_path / "a.tar.gz"), str(scratch))
+            packed = confbuild.pack_directory(str(root), str(tmp_path / "a.tar.gz"), str(scratch), (), **PLAIN)
             project = tmp_path / f"unpacked-{in_place}" / root.name
             confbuild.unpack_archive(str(tmp_path / "a.tar.gz"), str(project.parent))
             assert (project / "a.txt").read_bytes() == b"a\n"
@@ -13791,7 +13799,7 @@ class TestSources:
         packed, tree = self.pack(root, tmp_path, submodules=True)
         assert packed.history.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-            source = confbuild.read_source(str(root), scratch, (), submodules=True)
+            source = confbuild.read_source(str(root), scratch, (), submodules=True, allow_filters=False)
             assert source.history.commit and Path(source.root, "out/deep/in/i").read_text() == "i"
             uris = [row["uri"] for row in source.history.submodules.values()]
         assert uris[0].startswith("pkg:generic/out@") and "?vcs_url=git+https://example.org/o.git@" in uris[0]
@@ -13802,7 +13810,7 @@ class TestSources:
         for option, name in ((True, "out/o"), (False, "a.txt"), (True, "a.txt")):
             (root / name).write_text("changed")
             with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-                packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, submodules=option)
+                packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, (), option, False)
             said = b'"gitTree": "%s"' % packed.history.tree.encode()
             expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), said)
             assert (packed.history.commit, expected.source_tree) == ("", packed.history.tree)
@@ -13898,7 +13906,7 @@ def failure(call: Callable[[], Any]) -> tuple[str, str]:
 
 def inputs_of(project: Path) -> confbuild.Toolchain:
     """The plan of a project, without its programs."""
-    return confbuild.read_inputs(confbuild.detect_toolchains(str(project))[0], str(project))
+    return confbuild.read_inputs(confbuild.detect_toolchains(str(project))[0], str(project), "")
 
 
 NO_MARKER = (
@@ -15329,11 +15337,11 @@ class TestNpm:
         lock = {"lockfileVersion": 3, "packages": {"": {}}}
         write_files(tmp_path, {"package.json": "{}", "package-lock.json": json.dumps(lock)})
         [npm] = confbuild.detect_toolchains(str(tmp_path))
-        assert confbuild.read_inputs(npm, str(tmp_path)).lock == (tmp_path / "package-lock.json").read_bytes()
+        assert confbuild.read_inputs(npm, str(tmp_path), "").lock == (tmp_path / "package-lock.json").read_bytes()
         package = {"version": "2.1.1", "integrity": self.SHA512}
         other = json.dumps({"lockfileVersion": 3, "packages": {"node_modules/ms": package}})
         write_files(tmp_path, {"npm-shrinkwrap.json": other})
-        plan = confbuild.read_inputs(npm, str(tmp_path))
+        plan = confbuild.read_inputs(npm, str(tmp_path), "")
         assert plan.lock == other.encode() and [d["name"] for d in plan.dependencies or ()] == ["ms"]
 
     def test_a_lock_file_that_was_not_used(self, tmp_path: Path) -> None:
@@ -17692,7 +17700,8 @@ class TestPipeline:
                 env,
                 confbuild.SourcePolicy(max_ratio=confbuild.MAX_UNPACKED),
                 attester,
-                lambda *_: None,
+                silent,
+                None,
             )
         )
         self.is_failure(found, kind, message)
@@ -17850,7 +17859,8 @@ artifacts = ["o"]
                 {},
                 confbuild.SourcePolicy(),
                 confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
-                lambda *_: None,
+                silent,
+                None,
             )
         )
         assert found == ("UnsupportedToolchainError", "none")
