@@ -7301,10 +7301,16 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     with _parsing("Cargo.lock"):
         doc = parse_toml(lock)
         older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
+        packages = doc.get("package", [])
+        # As `replace` names them: without the commit. cargo ignores a name of nothing.
+        ids = {
+            f"{p['name']} {p['version']} ({str(p.get('source', '')).partition('#')[0]})".removesuffix(" ()")
+            for p in packages
+        }
         rows = [
             (p["name"], p["version"], p.get("source"), p.get("checksum"))
-            for p in doc.get("package", [])
-            if "replace" not in p  # another entry is compiled in its place
+            for p in packages
+            if p.get("replace") not in ids  # else that entry is compiled in its place
         ]
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")

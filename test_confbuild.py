@@ -14774,10 +14774,26 @@ class TestCargoDependencies:
         else:
             assert read() == []
 
-    def test_an_entry_that_another_one_replaces(self, tmp_path: Path) -> None:
-        write_files(tmp_path, {"Cargo.toml": MANIFEST})
-        lock = entry(source=REGISTRY, checksum=SHA, replace="libc 0.2.1")
-        assert confbuild.cargo_dependencies(lock.encode(), str(tmp_path)) == []
+    @pytest.mark.parametrize(
+        ("replace", "recorded"),
+        [
+            ("libc 0.2.1", False),
+            ("libc 0.2.1 (git+https://h/r?branch=b)", False),
+            ("libc 0.2.2", True),
+            ("libc", True),
+            ("", True),
+            (f"libc 0.2.1 (git+https://h/r?branch=b#{COMMIT})", True),
+        ],
+    )
+    def test_an_entry_that_another_one_replaces(self, tmp_path: Path, replace: str, recorded: bool) -> None:
+        """cargo ignores what names no other entry, and compiles this one."""
+        write_files(
+            tmp_path, {"Cargo.toml": MANIFEST, "libc/Cargo.toml": '[package]\nname = "libc"\nversion = "0.2.1"\n'}
+        )
+        others = entry() + entry(source=f"git+https://h/r?branch=b#{COMMIT}")
+        lock = entry(source=REGISTRY, checksum=SHA, replace=replace) + others
+        found = confbuild.cargo_dependencies(lock.encode(), str(tmp_path))
+        assert (LIBC in found) is recorded and len(found) == 1 + recorded
 
     @pytest.mark.parametrize(
         ("lock", "kind", "fragment"),
