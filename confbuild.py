@@ -219,6 +219,7 @@ from os.path import (
     isdir,
     isfile,
     islink,
+    ismount,
     join,
     lexists,
     normpath,
@@ -5358,7 +5359,7 @@ def run_tool(
     cwd: str,
     env: Strings,
     lines_out: Callable[[list[str]], None],
-    keep_stdout: bool = False,
+    keep_stdout: bool,
 ) -> tuple[int, bytes]:
     """Run a build tool, pass its lines to lines_out as they come, and return (exit status, stdout if requested).
 
@@ -5569,15 +5570,19 @@ def walk_files(root: str, folder: str = "") -> list[str]:
     """Return the paths of everything below root but folders, relative to root, without a top-level `.git`.
 
     folder: the folder of root to begin in.
+    A folder that cannot be read stands for what is in it.
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
-    with suppress(PermissionError):
-        for entry in list(os.scandir(join(root, folder))):
-            name = join(folder, entry.name)
-            if folder.count(os.sep) >= MAX_DEPTH:
-                raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
-            if name != ".git":
-                found += walk_files(root, name) if entry.is_dir(follow_symlinks=False) else [name]
+    try:
+        entries = list(os.scandir(join(root, folder)))
+    except PermissionError:
+        return [folder]
+    for entry in entries:
+        name = join(folder, entry.name)
+        if folder.count(os.sep) >= MAX_DEPTH:
+            raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+        if name != ".git":
+            found += walk_files(root, name) if entry.is_dir(follow_symlinks=False) else [name]
     return found
 
 
@@ -6128,7 +6133,7 @@ def git_tree(
             mode = b"100755" if status.st_mode & 0o100 else b"100644"
             found[name] = mode, _git_object(algorithm, b"blob", status.st_size, read_blocks(path, status.st_size))
         else:
-            raise source_error(f"{name!r} is neither a file nor a link")
+            raise source_error(f"{name!r} is neither a file nor a link, or cannot be read")
 
     def tree(entries: list[tuple[list[bytes], bytes, bytes]]) -> bytes:
         rows = []
@@ -6155,6 +6160,14 @@ def object_format(name: str) -> str:
     return "sha256" if len(name) == 64 else "sha1"
 
 
+_READ_ONLY = "GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C"
+
+
+def variables(text: str) -> dict[str, str]:
+    """Return the environment variables of a text that has NAME=VALUE for each of them."""
+    return dict(word.split("=", 1) for word in text.split())
+
+
 def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     """Return env for a git that reads no configuration of a user or system, never prompts and runs no helpers.
 
@@ -6162,8 +6175,8 @@ def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     schemes: the only URL schemes that git may use."""
     settings = f"""
         GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL={os.devnull} GIT_ATTR_NOSYSTEM=1 GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true
-        GIT_ALLOW_PROTOCOL={":".join(schemes)} GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C"""
-    return {**env, **dict(setting.split("=") for setting in settings.split())}
+        GIT_ALLOW_PROTOCOL={":".join(schemes)} {_READ_ONLY}"""
+    return {**env, **variables(settings)}
 
 
 # The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
@@ -6418,7 +6431,7 @@ def _folder_size(folder: str) -> int:
     return size
 
 
-def _init_repository(git: str, algorithm: str, more: str = "") -> None:
+def _init_repository(git: str, algorithm: str, more: str) -> None:
     """Make git the folder of an empty repository with this object format. more: lines of its configuration."""
     config = "[core]\nrepositoryformatversion = 0\n"
     if algorithm == "sha256":
@@ -6433,13 +6446,9 @@ def _check_listing(root: str, env: Strings, max_bytes: int) -> None:
     """Raise BuildFailed unless the tree of FETCH_HEAD may be checked out. Called before any of its files is written.
 
     max_bytes: limit of all files."""
-    many = limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
-    try:
-        rows = _list_tree("FETCH_HEAD", root, env, "-t", "-l")
-    except BuildFailed as e:
-        raise (many if e.error_type == "LimitError" else e) from None
+    rows = _list_tree("FETCH_HEAD", root, env, "-t", "-l")
     if len(rows) > MAX_MEMBERS:
-        raise many
+        raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders")
     total = 0
     for name, (mode, _, _, size) in rows:
         if name.count("/") > MAX_DEPTH:
@@ -6522,7 +6531,7 @@ EPOCH = 315532800  # 1980-01-01, the first day that a zip file can name: the tim
 
 
 class History(NamedTuple):
-    """The history of a source, from its `.git`.
+    """The history of a source, from its `.git`; or only the tree of files without one.
 
     commit, tree: their object names, which were computed here.
     uri: of the origin, an unverified claim without credentials.
@@ -6531,9 +6540,9 @@ class History(NamedTuple):
 
     commit: str
     tree: str
-    uri: str
-    submodules: Mapping[str, Json]
-    time: int
+    uri: str = ""
+    submodules: Mapping[str, Json] = {}  # never changed
+    time: int = EPOCH
 
 
 class Checkout(NamedTuple):
@@ -6639,7 +6648,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
         if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
             return None
     plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
-    plain |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C"}
+    plain |= variables(_READ_ONLY)
     env = {**plain, "GIT_CEILING_DIRECTORIES": dirname(root)}
     try:
         found = _git(["rev-parse", "--git-dir", "--git-common-dir"], root, env)
@@ -6665,7 +6674,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
 
 
 def list_source(
-    directory: str, own: str, submodules: bool = False, allow_filters: bool = True
+    directory: str, own: str, submodules: bool, allow_filters: bool
 ) -> tuple[Checkout | None, dict[str, str]]:
     """Return the work tree that contains directory, and the files of directory that are its source, as they are.
 
@@ -6715,13 +6724,13 @@ class Source(NamedTuple):
 
     root: the folder with its bytes: the directory itself, or a checkout of HEAD of our own.
     files: relative to root.
-    history: of HEAD. None: the files count as they are.
+    history: of HEAD, or without a commit: the files count as they are.
     note: which of the two and why, for the user.
     git: the folder with the history if root's own `.git` is another."""
 
     root: str
     files: Sequence[str]
-    history: History | None
+    history: History
     note: str
     git: str = ""
 
@@ -6729,9 +6738,9 @@ class Source(NamedTuple):
 def read_source(
     directory: str,
     scratch: str,
-    outputs: Sequence[str] = (),
-    submodules: bool = False,
-    allow_filters: bool = False,
+    outputs: Sequence[str],
+    submodules: bool,
+    allow_filters: bool,
 ) -> Source:
     """Find the source in directory. [CONTRACT 5.4]
 
@@ -6767,7 +6776,12 @@ def read_source(
                     e.hint = e.hint or "`git fetch --refetch --no-filter` gets missing objects"
                     raise
     ignored = ", ignored ones too" if "!" in found.values() else ""
-    return Source(root, files, None, f"{len(files)} files as they are{ignored}, without history: {why}")
+    return Source(
+        root,
+        files,
+        History("", git_tree(root, files)),
+        f"{len(files)} files as they are{ignored}, without history: {why}",
+    )
 
 
 def _skipped_files(checkout: Checkout, found: Strings, head: Mapping[str, list[bytes]]) -> set[str]:
@@ -6841,7 +6855,7 @@ def _read_head(
             notes.append(f"without the submodule {link} ({how})")
             continue
         inner = read_source(path, scratch, (), True, allow_filters)
-        if inner.history is None:
+        if not inner.history.commit:
             raise source_error(f"the submodule {link}: {inner.note}")
         notes += [f"{link} {note}" for note in inner.note.split("; ")[1:]]
         os.rmdir(join(root, link))
@@ -6852,30 +6866,15 @@ def _read_head(
     return Source(root, walk_files(root), believe_history(root, env), "; ".join(notes))
 
 
-class Packed(NamedTuple):
-    """A packed source.
-
-    note: what was packed, for the user.
-    tree: its git tree.
-    commit: empty without history.
-    files: relative to the source.
-    """
-
-    note: str
-    tree: str
-    commit: str
-    files: Sequence[str]
-
-
 def pack_directory(
     directory: str,
     archive: str,
     workspace: str,
-    outputs: Sequence[str] = (),
-    submodules: bool = False,
-    allow_filters: bool = False,
-) -> Packed:
-    """Pack the source in directory into the gzip tarball archive. [CONTRACT 5.4]
+    outputs: Sequence[str],
+    submodules: bool,
+    allow_filters: bool,
+) -> Source:
+    """Pack the source in directory into the gzip tarball archive, and return it. [CONTRACT 5.4]
 
     workspace: an empty directory for temporary files.
     outputs, submodules, allow_filters: as in read_source.
@@ -6884,13 +6883,12 @@ def pack_directory(
         source = read_source(directory, workspace, outputs, submodules, allow_filters)
         if not source.files:
             raise UsageError(f"{directory}: there is nothing to build")
-        name, history = safe_name(basename(realpath(directory))), source.history
-        tree = history.tree if history else git_tree(source.root, source.files)
-        whole = history and not source.git  # with the empty folders of submodules
+        name = safe_name(basename(realpath(directory)))
+        whole = source.history.commit and not source.git  # with the empty folders of submodules
         write_source(archive, source.root, name, [""] if whole else source.files, source.git)
     except BuildFailed as e:
         raise UsageError(f"{directory}: {e}", e.hint) from None
-    return Packed(source.note, tree, history.commit if history else "", source.files)
+    return source
 
 
 # endregion 24
@@ -7141,7 +7139,7 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     raise failure
 
 
-def read_inputs(toolchain: Toolchain, root: str, folder: str = "", commit: str = "") -> Toolchain:
+def read_inputs(toolchain: Toolchain, root: str, folder: str, commit: str) -> Toolchain:
     """Return the plan of a project without its programs.
 
     folder: of the project in the source root.
@@ -7154,14 +7152,7 @@ def read_inputs(toolchain: Toolchain, root: str, folder: str = "", commit: str =
     return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder, commit))
 
 
-def prepare(
-    toolchain: Toolchain,
-    root: str,
-    folder: str,
-    env: Strings,
-    emit: Emit = lambda phase, messages: None,
-    commit: str = "",
-) -> Toolchain:
+def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings, emit: Emit, commit: str) -> Toolchain:
     """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
     folder: of the project in the source root.
@@ -7197,7 +7188,7 @@ def prepare(
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
-def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phase, messages: None) -> Program:
+def find_program(name: str, project: str, env: Strings, emit: Emit) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
     A rustup shim is replaced by the program that rustup chooses in this directory. If rustup lacks the toolchain that
@@ -7331,10 +7322,16 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "", commit: str = "
     with _parsing("Cargo.lock"):
         doc = parse_toml(lock)
         older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
+        packages = doc.get("package", [])
+        # As `replace` names them: without the commit. cargo ignores a name of nothing.
+        ids = {
+            f"{p['name']} {p['version']} ({str(p.get('source', '')).partition('#')[0]})".removesuffix(" ()")
+            for p in packages
+        }
         rows = [
             (p["name"], p["version"], p.get("source"), p.get("checksum"))
-            for p in doc.get("package", [])
-            if "replace" not in p  # another entry is compiled in its place
+            for p in packages
+            if p.get("replace") not in ids  # else that entry is compiled in its place
         ]
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")
@@ -7449,6 +7446,7 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
     found = dict[str, bool]()
     with _parsing(".cargo/config.toml"):
         used = {str(source.get("replace-with")) for _, _, doc in settings for source in doc.get("source", {}).values()}
+        used |= {"crates-io"}  # a folder of this name takes the place of the registry by itself
         for name, base, doc in settings:
             if "include" in doc or "lockfile-path" in doc.get("resolver", {}):
                 raise BuildFailed(
@@ -7456,8 +7454,8 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
                     f"{name}: include and resolver.lockfile-path are refused: they name more settings and another lock "
                     "file",
                 )
-            kinds = ("directory", "local-registry")
-            rows = [(k, s[k], title in used) for title, s in doc.get("source", {}).items() for k in kinds if k in s]
+            sources = doc.get("source", {}).items()
+            rows = [(k, s[k], title in used) for title, s in sources for k in ("directory", "local-registry") if k in s]
             for kind, target, is_used in (*rows, *(("paths", target, True) for target in doc.get("paths", ()))):
                 where = _locate(root, base, target)
                 if where is None:
@@ -7526,7 +7524,13 @@ def _scan_cargo(
                 "known",
             )
         exact = re.fullmatch(r"\d\S*", version)  # cargo strips blanks, and asks the workspace for one that is inherited
-        replaced |= {(name, version if vendored and exact else ""): (place, vendored) for vendored in kinds}
+        for vendored in kinds:
+            copy = (place or ".", vendored)
+            other = replaced.setdefault((name, version if vendored and exact else ""), copy)
+            if other != copy and name in locked:  # settings outrank others, and cargo takes any of a folder
+                raise BuildFailed(
+                    "ProvenanceError", f"{other[0]} and {copy[0]} are both {name} {version}; remove one of them"
+                )
     return inside, replaced, outside
 
 
@@ -7958,11 +7962,6 @@ _PNPM_SETTINGS = """
 """
 
 
-def _variables(text: str) -> Strings:
-    """Return the environment variables of a text that has NAME=VALUE for each of them."""
-    return dict(word.split("=", 1) for word in text.split())
-
-
 # The first row whose marker exists wins [CONTRACT 2.1].
 # fmt: off
 TOOLCHAINS = (
@@ -7974,12 +7973,12 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env=_variables("""
+        env=variables("""
             RUSTC={rustc.path} CARGO_TARGET_DIR={project}/target CARGO_BUILD_BUILD_DIR={project}/target"""),
         locate="cargo locate-project --workspace --message-format plain".split()),
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
-        env=_variables(_PNPM_SETTINGS + _PNPM_SETTINGS.replace("npm_", "pnpm_")
+        env=variables(_PNPM_SETTINGS + _PNPM_SETTINGS.replace("npm_", "pnpm_")
             # Whoever finds COREPACK_ROOT leaves the choice of its version to corepack: pnpm since 9, whatever the
             # source says, and so in scripts. pnpm 11 would still refuse a version that package.json does not name.
             # pnpm 12 locks its store there, or else in /tmp, whatever TMPDIR says.
@@ -7987,7 +7986,7 @@ TOOLCHAINS = (
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         # The last three: whatever the project's .npmrc says, it installs, and here.
-        env=_variables(f"""
+        env=variables(f"""
             CI=true npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
             npm_config_pack_destination={_OWN_OUTPUT}
             npm_config_dry_run=false npm_config_package_lock_only=false npm_config_global=false"""),
@@ -7996,13 +7995,13 @@ TOOLCHAINS = (
     Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
         f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],
         go_dependencies, evaluate=evaluate_go,
-        env=_variables("GOFLAGS= GOTOOLCHAIN=local GOENV=off GOWORK=off"),
+        env=variables("GOFLAGS= GOTOOLCHAIN=local GOENV=off GOWORK=off"),
         fetches=1, outputs=(_OWN_OUTPUT,), folders=(_OWN_OUTPUT,), build_type=CONFBUILD_TYPE),
 )
 # fmt: on
 
 
-def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
+def find_outputs(directory: str, name: str, subdir: str) -> list[str]:
     """Return the paths, relative to a source, of what its build removes first.
 
     name: of the toolchain, or empty.
@@ -8062,20 +8061,25 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
             for submodules in sorted({has_submodules, True}):
                 source = read_source(directory, scratch, outputs, submodules, allow_filters=True)
                 history = source.history
-                if history and object_format(history.tree) == algorithm:
-                    tree = history.tree
-                else:
+                tree = history.tree
+                if object_format(tree) != algorithm:
                     tree = git_tree(source.root, source.files, algorithm)
                 if tree.encode("ascii") in provenance:
                     break
-            plan = read_inputs(toolchain, source.root, folder, commit)
+            seen = source.root
+            if {*walk_files(seen)} != {*source.files}:  # a build does not see what git ignores
+                seen = join(scratch, "seen")
+                for name in source.files:
+                    os.makedirs(dirname(join(seen, name)), exist_ok=True)
+                    shutil.copyfile(join(source.root, name), join(seen, name), follow_symlinks=False)
+            plan = read_inputs(toolchain, seen, folder, commit)
     except BuildFailed as e:
         raise UsageError(
             f"--source {directory}: {e}", e.hint or "git submodule update --init --recursive" * has_submodules
         ) from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
-    known = (str(row["uri"]) for row in history.submodules.values()) if history else ()
+    known = (str(row["uri"]) for row in history.submodules.values())
     packed = [uri for uri in known if json.dumps(uri).encode("ascii") in provenance]
     uris = None if plan.dependencies is None else [*(d["uri"] for d in plan.dependencies), *packed]
     expected = expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
@@ -8566,7 +8570,7 @@ def run_pipeline(
     policy: SourcePolicy,
     attester: Attester,
     emit: Emit,
-    cache: str | None = None,
+    cache: str | None,
 ) -> str:
     """Build a source and return the path of the bundle's archive.
 
@@ -8649,9 +8653,7 @@ def _remove_outputs(toolchain: Toolchain, project: str) -> None:
         remove_tree(join(project, output))
 
 
-def _choose(
-    found: Sequence[Toolchain], root: str, folder: str, env: Strings, emit: Emit, commit: str = ""
-) -> Toolchain:
+def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, emit: Emit, commit: str) -> Toolchain:
     """Return the plan of the toolchain that builds a project.  [CONTRACT 2.1]
 
     found: the toolchains whose markers exist.
@@ -8783,7 +8785,7 @@ def _describe_source(project: str, env: Strings, emit: Emit) -> tuple[Json, list
         if lexists(git):
             emit("init", [f"Commit not recorded: {e}"])
             remove_tree(git)
-        history = History("", git_tree(project, walk_files(project)), "", {}, EPOCH)
+        history = History("", git_tree(project, walk_files(project)))
     packed = [row for path, row in history.submodules.items() if lexists(join(project, path, ".git"))]
     for above, folders, files in os.walk(project):
         for entry in (*folders, *files):
@@ -17152,11 +17154,11 @@ def cmd_build(options: "argparse.Namespace") -> int:
                 f"packed {packed.note}"
                 + f" of {options.source}, since {source} needs folders beside it" * (options.source != source)
             )
-            if options.tree not in ("", packed.tree):
-                raise UsageError(f"{source} has the tree {packed.tree}, the bundle records {options.tree}")
+            if options.tree not in ("", packed.history.tree):
+                raise UsageError(f"{source} has the tree {packed.history.tree}, the bundle records {options.tree}")
             if machine and "Cargo.lock" in map(basename, packed.files):
                 _tell_cargo_settings(display)
-            expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
+            expected = expected._replace(source_tree=packed.history.tree, source_commit=packed.history.commit)
         if machine:
             display.note(machine.note)
         if options.tee:
@@ -17217,7 +17219,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         options.source, options.subdir = wider_source(source, options.subdir)
 
 
-def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
+def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Source:
     """Pack the directory that is the source into archive. Raises UsageError."""
     workspace, outputs, source, subdir = join(scratch, "pack"), list[str](), options.source, options.subdir
     os.mkdir(workspace)
@@ -17226,13 +17228,15 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
             outputs = find_outputs(source, options.toolchain, subdir)
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
         with suppress(BuildFailed):
-            marker = detect_toolchains(source, options.toolchain, subdir)[0].marker
-            path = normpath(join(subdir, marker))
+            found = detect_toolchains(source, options.toolchain, subdir)
+            path, *others = [normpath(join(subdir, toolchain.marker)) for toolchain in found]
             if path not in packed.files:
                 if subdir and not options.submodules and lexists(join(source, subdir, ".git")):
                     raise UsageError(f"{source}: {subdir} is a submodule, which is not packed", "--submodules packs it")
-                hint = shlex.join(["git", "-C", source, "add", "-f", path])
-                raise UsageError(f"{source}: git ignores {path}, so it is not in the source", f"`{hint}`")
+                said, hint = f"git ignores {path}, so it is not in the source", ["git", "-C", source, "add", "-f", path]
+                if not {*others} & {*packed.files}:
+                    raise UsageError(f"{source}: {said}", f"`{shlex.join(hint)}`")
+                say(said, f"`{shlex.join(hint)}`")
         return packed
     except OSError as e:  # a full disk names no file
         raise UsageError(
@@ -17278,6 +17282,8 @@ def _check_target(path: str) -> None:
         raise UsageError(f"{path} is the current directory, which cannot be replaced", hint)
     ours = not lexists(path)
     if isdir(path) and not islink(path):
+        if ismount(path) or not os.access(path, os.W_OK):  # it cannot be moved away
+            raise UsageError(f"{path} cannot be replaced: it is a mount point, or read-only", hint)
         names = set(os.listdir(path))
         ours = not names
         if names == BUNDLE_FILES:
@@ -18839,6 +18845,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")
     if argv is None:
+        if sys.getfilesystemencoding() != "utf-8":  # archives and provenances have names in UTF-8, whatever the locale
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
         with suppress(AttributeError):  # Windows has neither
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it hid every exit status
             signal.pthread_sigmask(signal.SIG_SETMASK, ())  # one that blocked SIGTERM made `serve` deaf to it

@@ -10705,7 +10705,7 @@ class TestProcesses:
 confbuild.guard_process()
 def refuse(lines): raise ValueError("no more")
 try:
-    confbuild.run_tool(["sh", "-c", "setsid sleep 60 & echo one; exec sleep 60"], "/", dict(os.environ), refuse)
+    confbuild.run_tool(["sh", "-c", "setsid sleep 60 & echo one; exec sleep 60"], "/", dict(os.environ), refuse, False)
 except ValueError as e:
     answer([str(e), len(confbuild.descendants(os.getpid()))])"""
         assert drive(call, MARK=mark) == ["no more", 0] and marked(mark) == []
@@ -10895,6 +10895,22 @@ class TestFiles:
         assert (
             confbuild.file_sha256(str(tmp_path / "f"))
             == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        )
+
+    def test_a_folder_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What lies in it would be missing from a source that seems to be whole."""
+        (tmp_path / "closed").mkdir()
+        scandir = os.scandir
+
+        def refuse(path: str) -> Any:
+            if path.endswith("closed"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert confbuild.walk_files(str(tmp_path)) == ["closed"]
+        assert failure(lambda: confbuild.git_tree(str(tmp_path), ["closed"]))[1] == (
+            "'closed' is neither a file nor a link, or cannot be read"
         )
 
     def test_remove_tree_follows_no_link(self, tmp_path: Path) -> None:
@@ -11917,8 +11933,10 @@ class TestGitTree:
         assert caught.value.error_type == "SourceError"
         scratch = tmp_path.parent / f"{tmp_path.name}-scratch"
         scratch.mkdir()
-        with pytest.raises(confbuild.UsageError, match=f"^{tmp_path}: 'pipe' is neither a file nor a link$"):
-            confbuild.pack_directory(str(tmp_path), str(scratch / "a.tar.gz"), str(scratch))
+        with pytest.raises(
+            confbuild.UsageError, match=f"^{tmp_path}: 'pipe' is neither a file nor a link, or cannot be read$"
+        ):
+            confbuild.pack_directory(str(tmp_path), str(scratch / "a.tar.gz"), str(scratch), (), **PLAIN)
 
     def test_a_deep_repository(self, tmp_path: Path) -> None:
         """A fetched one, which no archive's limit has seen: no RecursionError."""
@@ -12574,7 +12592,7 @@ class TestFetch:
             tmp_path,
             f"file://{repository}",
             "LimitError",
-            "the repository has more than 5000 files and folders, or very long names",
+            "git ls-tree -r printed more than 1600000 bytes",
         )
 
     def test_limits_of_a_tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12835,12 +12853,15 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+PLAIN: Mapping[str, bool] = {"submodules": False, "allow_filters": False}
+
+
 @needs("git")
 @pytest.mark.usefixtures("plain_git")
 def outputs_of(directory: Path) -> list[str]:
     """What a build of directory would remove first; nothing if it cannot be built."""
     try:
-        return confbuild.find_outputs(str(directory))
+        return confbuild.find_outputs(str(directory), "", "")
     except confbuild.BuildFailed:
         return []
 
@@ -12852,14 +12873,19 @@ class TestCheckout:
     def source(directory: Path, tmp_path: Path) -> tuple[list[str], str]:
         """The files of a source, and the commit, as `verify --source` reads them."""
         with tempfile.TemporaryDirectory(dir=tmp_path) as own:
-            checkout, found = confbuild.list_source(str(directory), own)
+            checkout, found = confbuild.list_source(str(directory), own, submodules=False, allow_filters=True)
             return sorted(found), checkout.commit if checkout else ""
 
     @staticmethod
-    def pack(directory: Path, tmp_path: Path) -> confbuild.Packed:
+    def pack(directory: Path, tmp_path: Path) -> confbuild.Source:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             return confbuild.pack_directory(
-                str(directory), str(tmp_path / "packed.tar.gz"), scratch, outputs_of(directory), allow_filters=True
+                str(directory),
+                str(tmp_path / "packed.tar.gz"),
+                scratch,
+                outputs_of(directory),
+                submodules=False,
+                allow_filters=True,
             )
 
     @pytest.mark.parametrize("state", ["clean", "modified", "missing", "unborn"])
@@ -12916,17 +12942,17 @@ class TestCheckout:
             assert "`git fetch --refetch --no-filter`" in refused.value.hint and not marker.exists()
             return
         packed = self.pack(root, tmp_path)
-        assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
+        assert bool(packed.history.commit) == (state == "clean" and kind != "submodule"), packed.note
         found, _ = self.source(root, tmp_path)
         assert {"a.txt", "Cargo.lock"} <= set(found) and "vendor/lib.rs" not in found
         assert (
             confbuild.source_expectations(
-                str(root), confbuild.Expectations(), b'"gitTree": "%s"' % packed.tree.encode()
+                str(root), confbuild.Expectations(), b'"gitTree": "%s"' % packed.history.tree.encode()
             )[0].source_tree
-            == packed.tree
+            == packed.history.tree
         )
         if kind != "submodule":  # a submodule is in the tree, but not among the files
-            assert packed.tree == confbuild.git_tree(str(root), found)
+            assert packed.history.tree == confbuild.git_tree(str(root), found)
         assert confbuild.main(["verify", str(write_bundle(tmp_path / "bundle", bundle())), "--source", str(root)]) == 1
         with contextlib.suppress(confbuild.BuildFailed):
             confbuild.believe_history(str(root), ORACLE_ENV)
@@ -12986,7 +13012,7 @@ class TestCheckout:
             with monkeypatch.context() as patch:
                 patch.chdir(root)
                 packed = self.pack(Path("."), tmp_path)
-            assert (packed.commit, packed.tree, packed.note) == (head, tree, f"commit {head}"), name
+            assert (packed.history.commit, packed.history.tree, packed.note) == (head, tree, f"commit {head}"), name
             assert self.source(root, tmp_path) == ([".gitignore", "a.txt", "sub/b.txt"], head), name
         assert self.source(made["linked"] / "sub", tmp_path) == (["b.txt"], head)
 
@@ -12994,7 +13020,7 @@ class TestCheckout:
         root = tmp_path / "demo"
         git(tmp_path, "init", "-q", "--object-format=sha256", "demo")
         write_files(root, {"a.txt": "a", "Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
-        assert self.pack(root, tmp_path)[1:3] == (
+        assert self.pack(root, tmp_path).history[1::-1] == (
             confbuild.git_tree(str(root), ["a.txt", "Cargo.lock", "Cargo.toml"]),
             "",
         ), "no commit: as elsewhere"
@@ -13005,15 +13031,15 @@ class TestCheckout:
         )
         git(root, "commit", "-qm", "one")
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
-        assert len(head) == 64 and self.pack(root, tmp_path)[1:3] == (tree, head)
+        assert len(head) == 64 and self.pack(root, tmp_path).history[1::-1] == (tree, head)
         source = {"digest": {"gitCommit": "", "gitTree": "0" * 64}, "uri": ""}
         said = json.dumps(statement(predicate__buildDefinition__externalParameters__source=source)).encode()
         assert confbuild.source_expectations(str(root), confbuild.Expectations(), said)[0].source_tree == tree
         (root / "a.txt").write_text("b")
         packed = self.pack(root, tmp_path)
-        assert (len(packed.tree), packed.commit) == (40, "") and confbuild.source_expectations(
+        assert (len(packed.history.tree), packed.history.commit) == (40, "") and confbuild.source_expectations(
             str(root), confbuild.Expectations(), b""
-        )[0].source_tree == packed.tree
+        )[0].source_tree == packed.history.tree
 
     @pytest.mark.parametrize(
         "broken", ["no objects", "link to nothing", "file to nothing", "damaged index", "damaged configuration"]
@@ -13055,7 +13081,7 @@ class TestCheckout:
         monkeypatch.setenv("GIT_LITERAL_PATHSPECS", "1")
         monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
         monkeypatch.setenv("GIT_WORK_TREE", str(other))
-        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit == git(
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).history.commit == git(
             root, "rev-parse", "HEAD"
         )
 
@@ -13067,16 +13093,16 @@ class TestCheckout:
         )
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
         (root / "a.swp").touch()
-        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).history.commit
         (root / "new").touch()
-        assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).commit
+        assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).history.commit
         (tmp_path / "own").write_text(f"[core]\n\texcludesFile = {tmp_path}/mine\n\tautocrlf = true\n")
         (tmp_path / "mine").write_text("new\n*.swp\n")
         (tmp_path / "gitconfig").write_text(f'[includeIf "gitdir:{root}/"]\n\tpath = {tmp_path}/own\n')
         (root / "a").write_bytes(b"a\r\n")
-        assert not self.pack(root, tmp_path).commit
+        assert not self.pack(root, tmp_path).history.commit
         git(root, "commit", "-qam", "two")
-        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).history.commit
 
     def test_an_embedded_repository_is_a_submodule(self, tmp_path: Path) -> None:
         """git has a commit for it where others have files, whether or not .gitmodules names it: its folder is empty."""
@@ -13085,7 +13111,9 @@ class TestCheckout:
         git(root, "add", "inner")
         git(root, "commit", "-qm", "two")
         packed = self.pack(root, tmp_path)
-        assert packed.commit == git(root, "rev-parse", "HEAD") and packed.tree == git(root, "rev-parse", "HEAD^{tree}")
+        assert packed.history.commit == git(root, "rev-parse", "HEAD") and packed.history.tree == git(
+            root, "rev-parse", "HEAD^{tree}"
+        )
         assert "; without the submodule inner (--submodules packs it if it is checked out)" in packed.note
 
     def test_a_folder_that_has_become_a_link(self, tmp_path: Path) -> None:
@@ -13105,8 +13133,8 @@ class TestCheckout:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(tempfile, "tempdir", ".")
         os.mkdir("scratch")
-        source = confbuild.read_source("demo", "scratch", (), submodules=True)
-        assert source.history and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
+        source = confbuild.read_source("demo", "scratch", (), submodules=True, allow_filters=False)
+        assert source.history.commit and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
 
     def test_temporary_files_in_the_source(self, tmp_path: Path) -> None:
         """They would be packed, and differ at each verification."""
@@ -13114,7 +13142,7 @@ class TestCheckout:
         (root / "tmp").mkdir()
         message = f"it contains {root / 'tmp'}, the folder of temporary files"
         with pytest.raises(confbuild.BuildFailed, match=message) as refused:
-            confbuild.read_source(str(root), str(root / "tmp"))
+            confbuild.read_source(str(root), str(root / "tmp"), (), **PLAIN)
         assert refused.value.hint == "TMPDIR names another folder"
 
     def test_odd_names_that_differ(self, tmp_path: Path) -> None:
@@ -13150,8 +13178,7 @@ class TestCheckout:
             git(root, "commit", "-qm", "two")
             if origin:
                 git(root, "remote", "add", "origin", origin)
-            history = confbuild.read_source(str(root), str(tmp_path)).history
-            assert history is not None
+            history = confbuild.read_source(str(root), str(tmp_path), (), **PLAIN).history
             assert f"vcs_url=git+{expected}@" in str(history.submodules["inner"]["uri"]), (origin, url)
 
     def test_a_submodule_as_the_folder_to_build(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -13187,13 +13214,13 @@ class TestPackDirectory:
 
     def pack(
         self, directory: Path, tmp_path: Path, **options: bool
-    ) -> tuple[confbuild.Packed, dict[str, tarfile.TarInfo], bytes]:
+    ) -> tuple[confbuild.Source, dict[str, tarfile.TarInfo], bytes]:
         """What was packed, the members, and all their bytes."""
         scratch = tmp_path / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         packed = confbuild.pack_directory(
-            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), outputs_of(directory), **options
+            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), outputs_of(directory), **{**PLAIN, **options}
         )
         with tarfile.open(tmp_path / "packed.tar.gz") as tar:
             members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
@@ -13224,7 +13251,8 @@ class TestPackDirectory:
         git(root, "config", "http.extraHeader", "Authorization: hunter2")
         packed, members, everything = self.pack(root, tmp_path)
         head = git(root, "rev-parse", "HEAD")
-        assert packed[:3] == (f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        tree = git(root, "rev-parse", "HEAD^{tree}")
+        assert (packed.note, *packed.history[:2]) == (f"commit {head}", head, tree)
         assert {n for n in members if not n.startswith(".git/") and n != ".git"} - {"", "sub"} == {
             ".gitignore",
             "a.txt",
@@ -13246,7 +13274,7 @@ class TestPackDirectory:
             ).stdout.strip()
             == kept
         )
-        assert confbuild.believe_history(str(out), dict(os.environ))[:4] == (head, packed.tree, kept, {})
+        assert confbuild.believe_history(str(out), dict(os.environ))[:4] == (head, packed.history.tree, kept, {})
 
     @pytest.mark.parametrize(
         "change, why, gone, new",
@@ -13265,17 +13293,17 @@ class TestPackDirectory:
         change(root)
         packed, members, everything = self.pack(root, tmp_path)
         wanted = {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link", new} - {gone, ""}
-        assert (packed.note, packed.commit) == (f"{len(wanted)} files as they are, without history: {why}", "")
+        assert (packed.note, packed.history.commit) == (f"{len(wanted)} files as they are, without history: {why}", "")
         assert set(members) == wanted and b"hunter2" not in everything
         git(root, "add", "-A")
-        assert packed.tree == git(root, "write-tree"), "git is the oracle for what git would track"
+        assert packed.history.tree == git(root, "write-tree"), "git is the oracle for what git would track"
 
     def test_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """[CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         inner = write_files(root / "demo", {"Cargo.toml": "", "target/y": "no"})
         packed, members, _ = self.pack(inner, tmp_path)
-        assert (set(members), packed.commit) == (
+        assert (set(members), packed.history.commit) == (
             {"Cargo.toml"},
             "",
         ) and "a folder inside a git work tree" in packed.note
@@ -13295,7 +13323,7 @@ class TestPackDirectory:
         os.makedirs(tmp_path / "unpacked")
         confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(tmp_path / "unpacked"))
         project = str(tmp_path / "unpacked/demo")
-        assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.tree
+        assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.history.tree
 
     def test_the_last_bundle_is_no_source(self, tmp_path: Path) -> None:
         """Neither the bundle of `build .` nor one with another name, an unverified one, or one in a folder.
@@ -13355,10 +13383,11 @@ class TestPackDirectory:
         git(root, "commit", "-qm", "two")
         head, named = git(root, "rev-parse", "HEAD"), git(library, "rev-parse", "HEAD")
         packed, members, _ = self.pack(root, tmp_path)
-        assert (packed.commit, packed.tree) == (head, git(root, "rev-parse", "HEAD^{tree}"))
+        assert (packed.history.commit, packed.history.tree) == (head, git(root, "rev-parse", "HEAD^{tree}"))
         assert members["vendor"].isdir() and not [name for name in members if name.startswith("vendor/")]
         packed, members, _ = self.pack(root, tmp_path, submodules=True)
-        assert packed[:3] == (f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        tree = git(root, "rev-parse", "HEAD^{tree}")
+        assert (packed.note, *packed.history[:2]) == (f"commit {head}", head, tree)
         out = tmp_path / "unpacked"
         out.mkdir()
         confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(out))
@@ -13374,9 +13403,11 @@ class TestPackDirectory:
             confbuild.believe_history(str(out / "demo"), ORACLE_ENV)
         (root / "vendor/lib.rs").write_text("y")
         packed, members, _ = self.pack(root, tmp_path)
-        assert packed.commit == head, "a submodule that is not packed may be in any state"
+        assert packed.history.commit == head, "a submodule that is not packed may be in any state"
         packed, members, _ = self.pack(root, tmp_path, submodules=True)
-        assert packed.commit == "" and "the submodule vendor: " in packed.note and "HEAD in lib.rs" in packed.note
+        assert (
+            packed.history.commit == "" and "the submodule vendor: " in packed.note and "HEAD in lib.rs" in packed.note
+        )
         assert "vendor/lib.rs" in members and "vendor/.git" not in members
 
     def test_nothing(self, tmp_path: Path) -> None:
@@ -13392,7 +13423,7 @@ class TestPackDirectory:
         head = git(root, "rev-parse", "HEAD")
         monkeypatch.setenv("GIT_DIR", str(other / ".git"))
         packed, members, _ = self.pack(root, tmp_path)
-        assert packed.commit == head and "secret" not in members
+        assert packed.history.commit == head and "secret" not in members
 
 
 # Further files, and what then happens, in sh.
@@ -13471,12 +13502,12 @@ class TestSources:
         return write_files(root, {}, commit=True)
 
     @staticmethod
-    def pack(root: Path, tmp_path: Path, **options: bool) -> tuple[confbuild.Packed, str]:
+    def pack(root: Path, tmp_path: Path, **options: bool) -> tuple[confbuild.Source, str]:
         """What `build` packs, and the tree that a builder would record; `verify --source` expects the same."""
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             archive = os.path.join(scratch, "packed.tar.gz")
             packed = confbuild.pack_directory(
-                str(root), archive, tempfile.mkdtemp(dir=scratch), outputs_of(root), **options
+                str(root), archive, tempfile.mkdtemp(dir=scratch), outputs_of(root), **{**PLAIN, **options}
             )
             out = tempfile.mkdtemp(dir=scratch)
             confbuild.unpack_archive(archive, out)
@@ -13486,7 +13517,10 @@ class TestSources:
             except confbuild.BuildFailed:
                 tree = confbuild.git_tree(project, confbuild.walk_files(project))
         expected, note = confbuild.source_expectations(str(root), confbuild.Expectations(), b"")
-        assert expected.source_tree == tree == packed.tree and note.partition(";")[0] == packed.note.partition(";")[0]
+        assert (
+            expected.source_tree == tree == packed.history.tree
+            and note.partition(";")[0] == packed.note.partition(";")[0]
+        )
         return packed, tree
 
     @pytest.mark.parametrize("name", CONVERSIONS)
@@ -13497,7 +13531,7 @@ class TestSources:
         sh(root, text)
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
         packed, _ = self.pack(root, tmp_path)
-        assert packed[:3] == (f"commit {head}", tree, head)
+        assert (packed.note, *packed.history[:2]) == (f"commit {head}", head, tree)
 
     def test_skipped(self, tmp_path: Path) -> None:
         """git never looks at the file; the note does. [CONTRACT 5.4]"""
@@ -13505,7 +13539,9 @@ class TestSources:
         git(root, "update-index", "--skip-worktree", "a.txt")
         (root / "a.txt").write_text("mine")
         packed, _ = self.pack(root, tmp_path)
-        assert packed.commit and packed.note.endswith("; without the work tree's a.txt: git was told to skip that")
+        assert packed.history.commit and packed.note.endswith(
+            "; without the work tree's a.txt: git was told to skip that"
+        )
 
     @pytest.mark.parametrize("names", DIFFERENCES)
     def test_the_first_five_differences(self, tmp_path: Path, names: str) -> None:
@@ -13513,7 +13549,7 @@ class TestSources:
         root = self.repository(tmp_path)
         sh(root, DIFFERENCES[names])
         packed, _ = self.pack(root, tmp_path)
-        assert packed.commit == "" and packed.note.endswith(f"without history: it differs from HEAD in {names}")
+        assert packed.history.commit == "" and packed.note.endswith(f"without history: it differs from HEAD in {names}")
 
     def test_an_index_that_lies(self, tmp_path: Path) -> None:
         """Sizes and times that match, and a configuration that makes git believe them."""
@@ -13545,7 +13581,7 @@ class TestSources:
                 confbuild.fetch_git(
                     f"file://{root}", "", str(tmp_path / "got"), ORACLE_ENV, confbuild.SourcePolicy(("file",))
                 )
-        assert self.pack(root, tmp_path, allow_filters=True)[0].commit
+        assert self.pack(root, tmp_path, allow_filters=True)[0].history.commit
         (root / "src/b.bin").write_text("what the filter writes")
         packed, _ = self.pack(root, tmp_path, allow_filters=True)
         assert packed.note.endswith("it differs from HEAD in src/b.bin") and not (tmp_path / "ran").exists()
@@ -13582,8 +13618,8 @@ class TestSources:
         root = self.repository(tmp_path)
         git(root, "submodule", "-q", "add", str(library), "vendor")
         git(root, "commit", "-qm", "two")
-        assert self.pack(root, tmp_path)[0].commit
-        assert self.pack(root, tmp_path, submodules=True, allow_filters=True)[0].commit
+        assert self.pack(root, tmp_path)[0].history.commit
+        assert self.pack(root, tmp_path, submodules=True, allow_filters=True)[0].history.commit
         for name in ("a.txt", "new"):
             with pytest.raises(confbuild.UsageError, match="'a.bin' has the attribute filter=lfs"):
                 self.pack(root, tmp_path, submodules=True)
@@ -13608,7 +13644,7 @@ class TestSources:
         for trusted, fits in ((root.parent, False), (root, True), ("*", True)):
             config.write_text(f"[safe]\n\tdirectory = {trusted}\n")
             if fits:
-                assert self.pack(root, tmp_path)[0].commit == head
+                assert self.pack(root, tmp_path)[0].history.commit == head
             else:
                 with pytest.raises(confbuild.UsageError, match=wanted):
                     self.pack(root, tmp_path)
@@ -13623,7 +13659,7 @@ class TestSources:
             f'esac; done\nexec {shutil.which("git")} "$@"\n',
         )
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert self.pack(root, tmp_path)[0].commit
+        assert self.pack(root, tmp_path)[0].history.commit
 
     def test_conflicts_are_listed_once(self, tmp_path: Path) -> None:
         root = self.repository(tmp_path)
@@ -13641,7 +13677,7 @@ class TestSources:
         if changed:
             (root / "a.txt").write_text("x")
         packed, tree = self.pack(root, tmp_path)
-        assert bool(packed.commit) != changed and (tree == git(root, "rev-parse", "HEAD^{tree}")) != changed
+        assert bool(packed.history.commit) != changed and (tree == git(root, "rev-parse", "HEAD^{tree}")) != changed
 
     @pytest.mark.parametrize("patterns", ["*\n", "/demo/\n"])
     def test_a_folder_that_git_ignores(self, tmp_path: Path, patterns: str) -> None:
@@ -13676,7 +13712,7 @@ class TestSources:
                 confbuild.fetch_git(url, "", str(out), ORACLE_ENV, confbuild.SourcePolicy(("file",)))
             else:
                 out.mkdir()
-                confbuild.pack_directory(str(root), str(tmp_path / "a"), tempfile.mkdtemp(dir=tmp_path))
+                confbuild.pack_directory(str(root), str(tmp_path / "a"), tempfile.mkdtemp(dir=tmp_path), (), **PLAIN)
                 confbuild.unpack_archive(str(tmp_path / "a"), str(out))
                 out = out / "demo"
             assert git(out, "tag").split() == ["light", "v1"] and git(out, "describe") == "v1"
@@ -13688,8 +13724,8 @@ class TestSources:
         root = self.repository(tmp_path)
         for name in names:
             git(root, "tag", name)
-        assert self.pack(root, tmp_path)[0].commit
-        source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path))
+        assert self.pack(root, tmp_path)[0].history.commit
+        source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path), (), **PLAIN)
         known = git(Path(source.git).parent, "-c", "core.quotePath=false", "tag").split()
         assert sorted(known) == sorted(name for name in names if name.isprintable())
 
@@ -13704,8 +13740,8 @@ class TestSources:
         git(linked, "commit", "-q", "--allow-empty", "-m", "two")
         git(linked, "tag", "v2")
         for folder, tag in ((root, "v1"), (linked, "v2")):
-            assert self.pack(folder, tmp_path)[0].commit == git(folder, "rev-parse", "HEAD")
-            source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path))
+            assert self.pack(folder, tmp_path)[0].history.commit == git(folder, "rev-parse", "HEAD")
+            source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path), (), **PLAIN)
             assert git(Path(source.git).parent, "describe", "--tags") == tag
 
     def test_many_tags(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13736,15 +13772,19 @@ class TestSources:
                 (root / "a.txt").write_text(change)
             scratch = tmp_path / f"scratch-{in_place}"
             scratch.mkdir()
-            source = confbuild.read_source(str(root), str(scratch))
-            assert source.history is not None and (source.root == str(root)) is in_place, source.note
-            packed = confbuild.pack_directory(str(root), str(tmp_path / "a.tar.gz"), str(scratch))
+            source = confbuild.read_source(str(root), str(scratch), (), **PLAIN)
+            assert source.history.commit and (source.root == str(root)) is in_place, source.note
+            packed = confbuild.pack_directory(str(root), str(tmp_path / "a.tar.gz"), str(scratch), (), **PLAIN)
             project = tmp_path / f"unpacked-{in_place}" / root.name
             confbuild.unpack_archive(str(tmp_path / "a.tar.gz"), str(project.parent))
             assert (project / "a.txt").read_bytes() == b"a\n"
             assert not {"ignored", "d/.DS_Store"} & {*confbuild.walk_files(str(project))}
             found = confbuild.believe_history(str(project), ORACLE_ENV)
-            assert (found.commit, found.tree) == (packed.commit, packed.tree) == (source.history.commit, packed.tree)
+            assert (
+                (found.commit, found.tree)
+                == (packed.history.commit, packed.history.tree)
+                == (source.history.commit, packed.history.tree)
+            )
             assert git(project, "describe", "--tags") == "v1"
             assert git(project, "status", "--porcelain").split() == ["D", "d/.DS_Store"]
 
@@ -13761,10 +13801,10 @@ class TestSources:
         git(root, "submodule", "-q", "update", "--init", "--recursive")
         write_files(root, {}, commit=True)
         packed, tree = self.pack(root, tmp_path, submodules=True)
-        assert packed.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
+        assert packed.history.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-            source = confbuild.read_source(str(root), scratch, (), submodules=True)
-            assert source.history is not None and Path(source.root, "out/deep/in/i").read_text() == "i"
+            source = confbuild.read_source(str(root), scratch, (), submodules=True, allow_filters=False)
+            assert source.history.commit and Path(source.root, "out/deep/in/i").read_text() == "i"
             uris = [row["uri"] for row in source.history.submodules.values()]
         assert uris[0].startswith("pkg:generic/out@") and "?vcs_url=git+https://example.org/o.git@" in uris[0]
         assert uris[1].startswith("pkg:generic/out/deep/in@"), uris
@@ -13774,10 +13814,10 @@ class TestSources:
         for option, name in ((True, "out/o"), (False, "a.txt"), (True, "a.txt")):
             (root / name).write_text("changed")
             with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-                packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, submodules=option)
-            said = b'"gitTree": "%s"' % packed.tree.encode()
+                packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, (), option, False)
+            said = b'"gitTree": "%s"' % packed.history.tree.encode()
             expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), said)
-            assert (packed.commit, expected.source_tree) == ("", packed.tree)
+            assert (packed.history.commit, expected.source_tree) == ("", packed.history.tree)
 
     def test_a_hostile_command(self, tmp_path: Path) -> None:
         """The folder in a stranger's buildCommand is looked up in bounded time, and in bounded depth."""
@@ -13827,7 +13867,7 @@ class TestSources:
         before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
         subprocess.run(["chmod", "-R", "a-w", str(root)], check=True)
         try:
-            assert self.pack(root, tmp_path)[0].commit == git(root, "rev-parse", "HEAD")
+            assert self.pack(root, tmp_path)[0].history.commit == git(root, "rev-parse", "HEAD")
             assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == before
         finally:
             subprocess.run(["chmod", "-R", "u+w", str(root)], check=True)
@@ -13856,6 +13896,10 @@ def on_path(*folders: Path) -> dict[str, str]:
     return {**os.environ, "PATH": ":".join((*map(str, folders), os.environ["PATH"]))}
 
 
+def silent(_: str, __: Sequence[str]) -> None:
+    """Emit nothing."""
+
+
 def failure(call: Callable[[], Any]) -> tuple[str, str]:
     """The (error_type, message) of the BuildFailed that call raises."""
     with pytest.raises(confbuild.BuildFailed) as caught:
@@ -13866,7 +13910,7 @@ def failure(call: Callable[[], Any]) -> tuple[str, str]:
 
 def inputs_of(project: Path) -> confbuild.Toolchain:
     """The plan of a project, without its programs."""
-    return confbuild.read_inputs(confbuild.detect_toolchains(str(project))[0], str(project))
+    return confbuild.read_inputs(confbuild.detect_toolchains(str(project))[0], str(project), "", "")
 
 
 NO_MARKER = (
@@ -13927,7 +13971,7 @@ class TestDetect:
             write_files(root, {above + "Cargo.lock": above.rstrip("/")})
         [cargo] = confbuild.detect_toolchains(str(root), "", folder)
         assert cargo.marker == cargo.lock_file == os.path.relpath(root / place / "Cargo.lock", root / folder)
-        assert confbuild.read_inputs(cargo._replace(read=lambda *_: []), str(root), folder).lock == place.encode()
+        assert confbuild.read_inputs(cargo._replace(read=lambda *_: []), str(root), folder, "").lock == place.encode()
         (root / place / "Cargo.lock").unlink()
         (root / place / "Cargo.lock").symlink_to("other")
         (root / place / "other").touch()
@@ -14027,7 +14071,7 @@ class TestPrograms:
         """[CONTRACT 2.2]"""
         for name in ("old", "new"):
             project_path = str(tmp_path / ("project-" + name))
-            found = confbuild.find_program("cargo", project_path, on_path(rustup))
+            found = confbuild.find_program("cargo", project_path, on_path(rustup), silent)
             path = tmp_path / name / "bin" / "cargo"
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             assert found == confbuild.Program(str(path), f"cargo {name}", digest)
@@ -14040,12 +14084,12 @@ class TestPrograms:
         (tmp_path / "local").mkdir()
         (tmp_path / "local" / "cargo").symlink_to(rustup / "cargo")
         for folder in ("hard", "local"):
-            found = confbuild.find_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder))
+            found = confbuild.find_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder), silent)
             assert found.path == str(tmp_path / "old" / "bin" / "cargo"), folder
 
     def test_a_toolchain_that_rustup_does_not_have(self, tmp_path: Path, rustup: Path) -> None:
         def find() -> confbuild.Program:
-            return confbuild.find_program("cargo", str(tmp_path), on_path(rustup))
+            return confbuild.find_program("cargo", str(tmp_path), on_path(rustup), silent)
 
         assert failure(find) == (
             "UnsupportedToolchainError",
@@ -14061,9 +14105,9 @@ class TestPrograms:
         script(tmp_path / "bin/cargo", "")
         refused = PermissionError(errno.EACCES, "Permission denied")
         monkeypatch.setattr(confbuild, "capture", raising(refused))
-        assert failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin")))[1] == (
-            f"cannot run {tmp_path}/bin/cargo: Permission denied; --readable DIR lets builds read its folder"
-        )
+        assert failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"), silent))[
+            1
+        ] == (f"cannot run {tmp_path}/bin/cargo: Permission denied; --readable DIR lets builds read its folder")
 
     def test_rustup_installs_a_missing_toolchain_for_this_build(self, tmp_path: Path) -> None:
         """It goes below HOME, which is the build's own. RUSTUP_AUTO_INSTALL=0 forbids it. [CONTRACT 2.2]"""
@@ -14106,7 +14150,7 @@ class TestPrograms:
         script(tmp_path / "usr" / "rustc", "echo rustc 1.0\n")
         demo = write_files(tmp_path / "project-new", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK})
         env = {"PATH": f"{tmp_path}/usr:{rustup}:/usr/bin:/bin"}
-        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env, silent, "")
         assert [program.version for program in plan.programs.values()] == ["cargo new", "rustc new"]
         assert plan.env["PATH"] == f"{tmp_path}/new/bin:{env['PATH']}"
         assert (tmp_path / "asked").read_text() == "cargo\n"
@@ -14121,7 +14165,7 @@ class TestPrograms:
         demo = write_files(tmp_path / "demo", {"package-lock.json": '{"lockfileVersion": 3, "packages": {"": {}}}'})
         write_files(demo, {"package.json": "{}"})
         env = {"PATH": f"{tmp_path}/bin:{tmp_path}/node:/usr/bin:/bin"}
-        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env, silent, "")
         assert plan.programs["npm"].path == f"{tmp_path}/bin/npm"
         # Nor is node's folder put first: what scripts call npm is what was hashed, though there may be one beside node.
         assert plan.env["PATH"] == env["PATH"]
@@ -14132,13 +14176,13 @@ class TestPrograms:
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "cargo").symlink_to(tmp_path / "real")
         script(tmp_path / "bin" / "rustup", "echo /bin/false\n")
-        found = confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"))
+        found = confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"), silent)
         digest = hashlib.sha256((tmp_path / "real").read_bytes()).hexdigest()
         assert found == (f"{tmp_path}/bin/cargo", "cargo", digest)
 
     @pytest.mark.parametrize("name", ["cargo", "rustc", "nix"])
     def test_not_installed(self, tmp_path: Path, name: str) -> None:
-        assert failure(lambda: confbuild.find_program(name, str(tmp_path), {"PATH": str(tmp_path)})) == (
+        assert failure(lambda: confbuild.find_program(name, str(tmp_path), {"PATH": str(tmp_path)}, silent)) == (
             "UnsupportedToolchainError",
             f"{name} is not installed on the builder",
         )
@@ -14161,12 +14205,12 @@ class TestPrograms:
         self, tmp_path: Path, body: str, kind: str, fragment: str
     ) -> None:
         script(tmp_path / "cargo", body + "\n")
-        found = failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path)))
+        found = failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path), silent))
         assert found[0] == kind and fragment in found[1]
 
     def test_the_version_is_the_first_line(self, tmp_path: Path) -> None:
         script(tmp_path / "nix", "pwd; echo nix\n")
-        assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path)).version == str(tmp_path)
+        assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path), silent).version == str(tmp_path)
 
 
 class TestOutsideInfluence:
@@ -14494,6 +14538,7 @@ class TestCargoDependencies:
             ('paths = ["v/lib"]\n', {}, True),
             ('[source.v]\ndirectory = "v"\n', {}, True),  # in place of nothing
             ('[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"\n', {}, False),
+            ('[source.crates-io]\ndirectory = "v"\n', {}, False),
             ("@", {"files": {}, "package": SHA}, False),  # of `cargo vendor --no-checksums` or somebody's change
             ("@", {"files": CHECKSUMS, "package": SHA}, True),
             ("@", {"files": CHECKSUMS, "package": SHA, "more": 1}, False),
@@ -14556,6 +14601,41 @@ class TestCargoDependencies:
         assert confbuild.cargo_dependencies(lock, str(demo), "b") == [LIBC]
         if '"/' in config:
             assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo), "a/deeper"))[1]
+
+    def test_a_crate_in_the_top_folder(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {**self.CRATE, "sub/.cargo/config.toml": 'paths = [".."]'})
+        lock = entry(source=REGISTRY, checksum=SHA).encode()
+        assert "?path=." in str(confbuild.cargo_dependencies(lock, str(tmp_path), "sub"))
+
+    def test_a_crate_in_two_folders(self, tmp_path: Path) -> None:
+        """One of them could be genuine, and the other one compiled. Fixtures of other crates do not matter."""
+        settings_text = '[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "@"'
+        lock = entry("libc", "0.2.1", source=REGISTRY, checksum=SHA).encode()
+        crates = {f"{place}/Cargo.toml": self.CRATE["Cargo.toml"] for place in ("a/one", "a/two", "b/one")}
+        write_files(tmp_path, {**crates, ".cargo/config.toml": settings_text.replace("@", "a")})
+        message = failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path)))[1]
+        assert re.fullmatch("a/(one|two) and a/(one|two) are both libc 0.2.1; remove one of them", message)
+        (tmp_path / "a/two/Cargo.toml").write_text('[package]\nname = "other"\n')
+        (tmp_path / "a/three").mkdir()
+        (tmp_path / "a/three/Cargo.toml").write_text('[package]\nname = "other"\n')
+        assert "?path=a/one" in str(confbuild.cargo_dependencies(lock, str(tmp_path)))
+        write_files(tmp_path, {"b/.cargo/config.toml": settings_text.replace("@", ".")})  # it outranks that above
+        assert "are both libc" in failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path), "b"))[1]
+
+    @needs("git")
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_files_that_git_ignores(self, tmp_path: Path, changed: bool) -> None:
+        """A build does not see them, and so `verify --source` must not. [CONTRACT 5.4]"""
+        lock = entry(source=REGISTRY, checksum=SHA)
+        files = {"Cargo.lock": lock, "Cargo.toml": MANIFEST, ".gitignore": ".cargo\nv/new\n", "v/x": "x"}
+        demo = write_files(tmp_path / "demo", files, commit=True)
+        (demo / "l").symlink_to("v/x")
+        write_files(demo, {".cargo/config.toml": 'paths = ["/v"]', "v/new/Cargo.toml": "{"})
+        if not changed:
+            git(demo, "add", "-A")
+            git(demo, "commit", "-qm", "two")
+        found, _ = confbuild.source_expectations(str(demo), confbuild.Expectations(), b"")
+        assert found.dependencies == [LIBC["uri"]]
 
     def test_settings_count_without_dependencies(self, tmp_path: Path) -> None:
         write_files(tmp_path, {".cargo/config.toml": "include = []"})
@@ -14654,7 +14734,7 @@ class TestCargoDependencies:
         [cargo] = confbuild.detect_toolchains(str(demo), "", "sub")
         env = confbuild.build_environment(str(tmp_path), os.environ, ())
         (tmp_path / "home").mkdir(exist_ok=True)
-        prepare = functools.partial(confbuild.prepare, cargo, str(demo), "sub", env)
+        prepare = functools.partial(confbuild.prepare, cargo, str(demo), "sub", env, silent, "")
         if used:
             said = f"cargo reads the lock file in {tmp_path}/{used}, not sub/Cargo.lock"
             assert failure(prepare) == ("ProvenanceError", said)
@@ -14714,10 +14794,26 @@ class TestCargoDependencies:
         else:
             assert read() == []
 
-    def test_an_entry_that_another_one_replaces(self, tmp_path: Path) -> None:
-        write_files(tmp_path, {"Cargo.toml": MANIFEST})
-        lock = entry(source=REGISTRY, checksum=SHA, replace="libc 0.2.1")
-        assert confbuild.cargo_dependencies(lock.encode(), str(tmp_path)) == []
+    @pytest.mark.parametrize(
+        ("replace", "recorded"),
+        [
+            ("libc 0.2.1", False),
+            ("libc 0.2.1 (git+https://h/r?branch=b)", False),
+            ("libc 0.2.2", True),
+            ("libc", True),
+            ("", True),
+            (f"libc 0.2.1 (git+https://h/r?branch=b#{COMMIT})", True),
+        ],
+    )
+    def test_an_entry_that_another_one_replaces(self, tmp_path: Path, replace: str, recorded: bool) -> None:
+        """cargo ignores what names no other entry, and compiles this one."""
+        write_files(
+            tmp_path, {"Cargo.toml": MANIFEST, "libc/Cargo.toml": '[package]\nname = "libc"\nversion = "0.2.1"\n'}
+        )
+        others = entry() + entry(source=f"git+https://h/r?branch=b#{COMMIT}")
+        lock = entry(source=REGISTRY, checksum=SHA, replace=replace) + others
+        found = confbuild.cargo_dependencies(lock.encode(), str(tmp_path))
+        assert (LIBC in found) is recorded and len(found) == 1 + recorded
 
     @pytest.mark.parametrize(
         ("lock", "kind", "fragment"),
@@ -14890,7 +14986,7 @@ class TestPlanCargo:
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         stub = stub_path.partition(":")[0]
         env = {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"}
-        plan = confbuild.prepare(confbuild.detect_toolchains(str(tmp_path))[0], str(tmp_path), "", env)
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(tmp_path))[0], str(tmp_path), "", env, silent, "")
         assert plan.steps == [["cargo", "build", "--locked", "--release"]]
         assert list(plan.programs.items()) == [
             (
@@ -15040,7 +15136,7 @@ class TestPnpm:
         for name in ("pnpm", "node"):
             script(tmp_path / "bin" / name, "echo 9\n")
         [pnpm] = confbuild.detect_toolchains(str(tmp_path))
-        env = confbuild.prepare(pnpm, str(tmp_path), "", on_path(tmp_path / "bin")).env
+        env = confbuild.prepare(pnpm, str(tmp_path), "", on_path(tmp_path / "bin"), silent, "").env
         assert env["npm_config_lockfile_dir"] == str(tmp_path)
         assert env["npm_config_git_branch_lockfile"] == "false"
         assert env["npm_config_shared_workspace_lockfile"] == "true"
@@ -15246,7 +15342,7 @@ class TestNpm:
         (tmp_path / "home").mkdir()
         env = confbuild.build_environment(str(tmp_path), os.environ, ())
         [npm] = confbuild.detect_toolchains(str(demo), "", "packages/x")
-        prepare = functools.partial(confbuild.prepare, npm, str(demo), "packages/x", env)
+        prepare = functools.partial(confbuild.prepare, npm, str(demo), "packages/x", env, silent, "")
         if workspaces == ["packages/x/*"]:
             assert prepare().lock == lock.encode()
         else:
@@ -15277,11 +15373,11 @@ class TestNpm:
         lock = {"lockfileVersion": 3, "packages": {"": {}}}
         write_files(tmp_path, {"package.json": "{}", "package-lock.json": json.dumps(lock)})
         [npm] = confbuild.detect_toolchains(str(tmp_path))
-        assert confbuild.read_inputs(npm, str(tmp_path)).lock == (tmp_path / "package-lock.json").read_bytes()
+        assert confbuild.read_inputs(npm, str(tmp_path), "", "").lock == (tmp_path / "package-lock.json").read_bytes()
         package = {"version": "2.1.1", "integrity": self.SHA512}
         other = json.dumps({"lockfileVersion": 3, "packages": {"node_modules/ms": package}})
         write_files(tmp_path, {"npm-shrinkwrap.json": other})
-        plan = confbuild.read_inputs(npm, str(tmp_path))
+        plan = confbuild.read_inputs(npm, str(tmp_path), "", "")
         assert plan.lock == other.encode() and [d["name"] for d in plan.dependencies or ()] == ["ms"]
 
     def test_a_lock_file_that_was_not_used(self, tmp_path: Path) -> None:
@@ -15428,7 +15524,7 @@ class TestNpm:
         plan = inputs_of(tmp_path)
         assert [" ".join(step) for step in plan.steps] == ["npm ci --ignore-scripts", "npm rebuild", *last]
         assert (plan.tools, plan.fetches, plan.build_type) == (("npm", "node"), 1, "urn:confbuild:build:v1")
-        assert tuple(confbuild.find_outputs(str(tmp_path))) == outputs
+        assert tuple(confbuild.find_outputs(str(tmp_path), "", "")) == outputs
         write_files(tmp_path, {"package.json": "["})
         assert failure(lambda: inputs_of(tmp_path))[0] == "SourceError"
 
@@ -15584,7 +15680,7 @@ class TestGo:
         write_files(tmp_path, {"go.mod": mod, "go.sum": GO_SUM, "cmd/a/main.go": "", "inside/go.mod": ""})
         [go] = confbuild.detect_toolchains(str(tmp_path), "", "cmd/a")
         assert (go.name, go.marker, go.lock_file) == ("go", "../../go.mod", "../../go.sum")
-        plan = confbuild.read_inputs(go, str(tmp_path), "cmd/a")
+        plan = confbuild.read_inputs(go, str(tmp_path), "cmd/a", "")
         assert plan.lock.decode() == GO_SUM
         assert [row["uri"].partition("?")[0][11:] for row in plan.dependencies or ()] == [self.TEXT, self.SAMPLER]
         write_files(tmp_path, {"cmd/go.mod": "module nested\n"})
@@ -15626,7 +15722,7 @@ class TestOwn:
             {"digest": {"sha256": one}, "name": "a/x y.lock", "uri": f"file:a/x%20y.lock?checksum=sha256:{one}"},
             {"digest": {"sha256": two}, "name": "b.lock", "uri": f"file:b.lock?checksum=sha256:{two}"},
         ]
-        assert confbuild.find_outputs(str(tmp_path)) == ["out", "a/b"]
+        assert confbuild.find_outputs(str(tmp_path), "", "") == ["out", "a/b"]
         write_files(tmp_path, {"confbuild.toml": RECIPE.replace("make", "./build.sh")})
         assert inputs_of(tmp_path).tools == []
 
@@ -15963,7 +16059,7 @@ def nix(tmp_path: Path) -> Path:
 
 def plan_flake(tmp_path: Path, nix: Path) -> confbuild.Toolchain:
     flake = str(tmp_path / "source" / "flake")
-    return confbuild.prepare(confbuild.detect_toolchains(flake)[0], flake, "", on_path(nix))
+    return confbuild.prepare(confbuild.detect_toolchains(flake)[0], flake, "", on_path(nix), silent, "")
 
 
 class TestPlanNix:
@@ -17640,7 +17736,8 @@ class TestPipeline:
                 env,
                 confbuild.SourcePolicy(max_ratio=confbuild.MAX_UNPACKED),
                 attester,
-                lambda *_: None,
+                silent,
+                None,
             )
         )
         self.is_failure(found, kind, message)
@@ -17798,7 +17895,8 @@ artifacts = ["o"]
                 {},
                 confbuild.SourcePolicy(),
                 confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
-                lambda *_: None,
+                silent,
+                None,
             )
         )
         assert found == ("UnsupportedToolchainError", "none")
@@ -17879,7 +17977,7 @@ artifacts = ["o"]
 
         def choose(path: str) -> confbuild.Toolchain:
             told.clear()
-            return confbuild._choose(found, demo, "", {"PATH": path}, lambda _, lines: told.extend(lines))
+            return confbuild._choose(found, demo, "", {"PATH": path}, lambda _, lines: told.extend(lines), "")
 
         assert [toolchain.name for toolchain in found] == ["nix", "cargo"] and choose(stub).name == "cargo"
         said = [
@@ -30539,6 +30637,16 @@ class TestUsage:
         if ours:
             confbuild._check_target(str(path))
 
+    @pytest.mark.parametrize(("call", "result"), [("os.access", False), ("confbuild.ismount", True)])
+    def test_what_cannot_be_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, result: bool
+    ) -> None:
+        """It is noticed before the build: a folder that is read-only, or a volume of a container."""
+        monkeypatch.setattr(call, lambda *_: result)
+        with pytest.raises(confbuild.UsageError, match="cannot be replaced: it is a mount point, or read-only"):
+            confbuild._check_target(str(tmp_path))
+        confbuild._check_target(str(tmp_path / "new"))
+
     @pytest.mark.parametrize("command", ["agent", "fetcher", "sweep FOLDER"])
     def test_inner_commands_of_a_curious_user(self, tmp_path: Path, command: str) -> None:
         """They remove the workspace of a VM, and no other folder in which they are started."""
@@ -32464,6 +32572,36 @@ class TestBuild:
         assert (done.returncode, done.stdout) == (0, "demo-build\n"), done.stderr
         calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "AF_NETLINK" not in line]
         assert not [line for line in calls if re.search(r"\b(listen|accept4?|bind)\(", line)]
+
+    def test_a_locale_without_utf8(self, tmp_path: Path) -> None:
+        """Names of files are the same everywhere. In ISO 8859-1, each byte of \u00e9 would be a letter."""
+        recipe = 'command = ["true"]\nartifacts = ["\u00e9"]\ninputs = ["\u00e9"]\n'
+        write_files(tmp_path / "demo", {"confbuild.toml": recipe, "\u00e9": "1"})
+        env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+        for command in (["build", "demo"], ["verify", "demo-build", "--source", "demo", "--allow-simulated"]):
+            done = subprocess.run(
+                [sys.executable, FILE, *command], cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE
+            )
+            assert done.returncode == 0, done.stderr
+
+    @needs("git")
+    def test_a_marker_that_git_ignores(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Such as the Cargo.lock of a library for node. Another toolchain builds what was sent."""
+        recipe = 'command = ["true"]\nartifacts = ["a"]\n'
+        files = {"go.mod": "module m\ngo 1.17\n", "main.go": "package main\nfunc main() {}\n", ".gitignore": "*.toml\n"}
+        demo = write_files(tmp_path / "demo", files, commit=True)
+        write_files(demo, {"confbuild.toml": recipe, "a": "1"})
+        said, hint = "git ignores confbuild.toml, so it is not in the source", f"git -C {demo} add -f confbuild.toml"
+        scratch, options = tmp_path / "scratch", confbuild.parse_arguments(["build", str(demo)])
+        scratch.mkdir()
+        packed = confbuild._pack(options, str(tmp_path / "a"), str(scratch))
+        assert "confbuild.toml" not in packed.files and "go.mod" in packed.files
+        assert capsys.readouterr().err == f"confbuild: {said}\nconfbuild: hint: `{hint}`\n"
+        (demo / "go.mod").unlink()
+        (scratch / "pack").rename(scratch / "old")
+        with pytest.raises(confbuild.UsageError, match=f"{demo}: {said}") as caught:
+            confbuild._pack(options, str(tmp_path / "a"), str(scratch))
+        assert caught.value.hint == f"`{hint}`"
 
     def test_sigchld_is_ignored(self, tmp_path: Path) -> None:
         """Some parents leave it so: without an exit status, Python would take every child for one that succeeded."""
