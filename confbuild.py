@@ -10161,7 +10161,7 @@ def _order(job: Job) -> Order:
 
 # The job.json of a job that has ended.  It is only looked at: whoever asks for the job gets all checks.
 _ENDED = re.compile(
-    rb'\{"seq":([0-9]{1,18}),"request":\{[^{}]*\},"attempts":[0-9]+,"state":"(?:ok|failed)","submitted_at":"([^"]*)"'
+    rb'\{"seq":([0-9]{1,18}),"request":\{.*\},"attempts":[0-9]+,"state":"(?:ok|failed)","submitted_at":"([^"]*)"'
     rb',"started_at":"[^"]*","finished_at":"[^"]+",(?:.*,"key":"([^"]*)"|.*)\}'
 )
 

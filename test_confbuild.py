@@ -23043,6 +23043,16 @@ class TestHttp:
             assert jobs.table.ids() == [job_id(3), job_id(1)]
             assert [(one.name, one.stat().st_size) for one in (tmp_path / "removed").iterdir()] == [(job_id(2), 0)]
 
+    def test_braces_in_a_request(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """The next server still sees that the build has ended, and removes it in time. [CONTRACT 1.15]"""
+        names = {"source_name": '{x}","attempts":1.tgz', "artifacts": ["*.{so,a}"]}
+        request = {"nonce": NONCE, "repo_url": "", "repo_ref": "", **names}
+        os.utime(store(tmp_path, 1, request=request) / "job.json", (0, 0))
+        with started(tmp_path, slots=0) as jobs:
+            assert jobs.get(job_id(1)).request.artifacts == ["*.{so,a}"] and not jobs.table.live()
+            jobs.table.expire(0, 0)
+            assert jobs.table.ids() == [] and not caplog.text
+
     def test_a_single_use_that_is_gone(self, tmp_path: Path) -> None:
         """A server that accepts one build, ever, accepts no second one after the first was removed."""
         os.utime(store(tmp_path, 1) / "job.json", (0, 0))
