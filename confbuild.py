@@ -11330,11 +11330,13 @@ function goToLine(line) {
 }
 
 // Call each with the rows that match, a chunk at a time, until it returns true. Return whether it did.
+// Its second argument is the first row that is not final: the last row is not while it is a progress bar.
 async function scan(first, matches, each) {
   let paused = performance.now();
-  for (let row = first; row < rowCount();) {
-    const end = chunks[chunkOf("row", row) + 1]?.row ?? rowCount();
-    if (each([...rows(row, end)].filter(({text}) => matches(plain(text))), end)) return true;
+  const count = rowCount();
+  for (let row = first; row < count;) {
+    const end = chunks[chunkOf("row", row) + 1]?.row ?? rowCount(), bars = bar && end == rowCount() ? 1 : 0;
+    if (each([...rows(row, end)].filter(({text}) => matches(plain(text))), end - bars)) return true;
     row = end;
     if (performance.now() - paused > 20) {
       await sleep(0);
@@ -11344,7 +11346,7 @@ async function scan(first, matches, each) {
   return false;
 }
 
-// Search the rows that were not searched yet. Return a promise of the end.
+// Search the rows that were not searched to their end. Return a promise of the end.
 let searching = {};
 function search() {
   if (searching.pattern !== pattern) searching = {pattern, done: searchRows(pattern)};
@@ -11356,6 +11358,7 @@ async function searchRows(mine) {
   const matches = new RegExp(mine.source, "i");
   await scan(searched, text => matches.test(text), (found, end) => {
     if (pattern !== mine) return true;
+    while (hits.at(-1) >= searched) hits.pop();  // of a progress bar
     for (const {row} of found) hits.push(row);
     searched = end;
     showHits();

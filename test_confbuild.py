@@ -21130,6 +21130,26 @@ class TestPage:
         browser.run(click)
         browser.wait("document.querySelector('.target')")
 
+    def test_progress(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """What replaces a progress bar is searched, too, and its text is then not found any more."""
+        s = site()
+        job = self.accepted(s)
+        self.append(s, job, "start", "10% done\r")
+        browser.open(self.address(s, job))
+        browser.wait("lineCount == 2")
+        browser.run("$('needle').value = 'done'; $('needle').oninput()")
+        browser.wait("$('found').innerText == '– of 1'")
+        self.append(s, job, "fatal: no\r")
+        browser.wait("$('found').innerText == 'no match'")
+        self.append(s, job, "100% done", "well done")
+        browser.wait("$('found').innerText == '– of 2'")
+        self.append(s, job, "20% linked\r")
+        browser.wait("lineCount == 6")
+        browser.click("#error")
+        browser.wait("$('found').innerText == 'no error so far'")
+        self.append(s, job, "error: no such library")
+        browser.wait("location.hash == '#L7'")
+
     def test_reader(self, site: Callable[..., "Site"], browser: Browser) -> None:
         """What a reader does while lines arrive: select and copy text, ask for lines, hide the tab."""
         s = site()
