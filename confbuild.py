@@ -10050,7 +10050,6 @@ class Job:
                 os.unlink(self.path(left))
         log.append(self.record.complete_event())
         _log_end(self, log)
-        self.log = None
 
 
 def open_result(job: Job) -> OpenFile:
@@ -10119,8 +10118,6 @@ def _log_end(job: Job, log: EventLog) -> None:
     logger().info("job %s %s %s %.1f s", job.id[:4], *list(fields.values())[1:], extra={"fields": fields})
     count("confbuild_builds_total", toolchain=toolchain[1].decode() if toolchain else "", outcome=outcome)
     count("confbuild_vms_lost_total", outcome == "VmError")
-    count("confbuild_events_appended_total", log.count)
-    count("confbuild_event_bytes_appended_total", log.size)
     if record.started_at:
         observe("confbuild_wait_seconds", started - submitted)
         observe("confbuild_build_seconds", finished - started)
@@ -10367,6 +10364,7 @@ class Jobs:
         self._accepting: list[str] = []  # guarded by _changed; the keys of new jobs that are being written
         self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
+        self._events = self._bytes = 0  # guarded by _changed; of the logs of jobs that have ended
         work = [("queue", self._tend), ("keeper", lambda: _keep(self, keep_s, keep_bytes))]
         work += [(f"slot {number}", self._work) for number in range(slots)]
         self._threads = [
@@ -10441,14 +10439,14 @@ class Jobs:
             return {job: position for position, job in enumerate(self._queue)}
 
     def gauges(self) -> dict[str, float]:
-        """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
+        """Return metrics of the jobs."""
         with self._changed:
-            logs = [job.log for job in (*self._running, *self._ending) if job.log]
+            logs = [job.live_log() for job in (*self._running, *self._ending)]
             return {
                 "confbuild_queue_jobs": len(self._queue),
                 "confbuild_running_jobs": len(self._running),
-                "confbuild_events_appended_total": sum(log.count for log in logs),
-                "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
+                "confbuild_events_appended_total": self._events + sum(log.count for log in logs),
+                "confbuild_event_bytes_appended_total": self._bytes + sum(log.size for log in logs),
             }
 
     def cancel(self, job: Job) -> None:
@@ -10512,12 +10510,16 @@ class Jobs:
             with self._changed:
                 end = self._ending.get(job)
             if end:  # else another thread was faster
+                log = job.live_log()
                 job.complete(end)
-                if not job.log:
-                    self.table.end(job)
                 with self._changed:
                     del self._ending[job]
-                    if job.log and self.stopping.is_set():  # parked: it can still be cancelled
+                    if log.finished:
+                        self._events += log.count
+                        self._bytes += log.size
+                        job.log = None
+                        self.table.end(job)
+                    else:  # parked: it can still be cancelled
                         self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:

@@ -21418,7 +21418,10 @@ class Site:
         options.pop("build_state", lambda _: None)(folder / "state")
         self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
         policy = confbuild.SourcePolicy(max_archive=max_archive)
-        api = confbuild.Api(self.jobs, policy, {"platform": "simulated"}, self.attest, b": hello\n\n", lambda: crowded)
+        described = {"platform": "simulated"}
+        api = confbuild.Api(
+            self.jobs, policy, described, self.attest, b": hello\n\n", lambda: crowded, self.jobs.gauges
+        )
         gate = confbuild.AccessPolicy(tokens, ["127.0.0.1", "build.example"])
         self.server = confbuild.Server(("127.0.0.1", 0), api, gate, self.streamer, tls)
         self.port = self.server.server_address[1]
@@ -23119,6 +23122,24 @@ class TestHttp:
             wait_for(lambda: jobs._ending)
             found = jobs.gauges()
         assert (found["confbuild_running_jobs"], found["confbuild_events_appended_total"]) == (0, log.count) == (0, 2)
+
+    def test_events_of_a_build_that_ends(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A counter never falls: they count once, also while the end is being recorded. [CONTRACT 1.17]"""
+        log_end, seen = confbuild._log_end, list[str]()
+
+        def read() -> str:
+            text = confbuild.render_metrics(jobs.gauges())
+            return text.partition("confbuild_events_appended_total{} ")[2].partition("\n")[0]
+
+        def look(job: confbuild.Job, log: confbuild.EventLog) -> None:
+            log_end(job, log)
+            seen.append(read())
+
+        monkeypatch.setattr(confbuild, "_log_end", look)
+        with started(tmp_path) as jobs:
+            jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+            wait_for(lambda: all_ended(jobs) and seen)
+            assert seen == [read()]
 
     def test_metrics(self, site: Callable[..., Site]) -> None:
         """Counts of builds, events and requests; and promtool finds nothing to say. [CONTRACT 1.17]"""
