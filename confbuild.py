@@ -9140,7 +9140,7 @@ def render_metrics(gauges: Mapping[str, float]) -> str:
     """Return the text of all metrics. gauges: the values of those that are not counted here."""
     with _counting:
         counts = dict(_counts)
-    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in gauges.items()}
+    counts |= {(name, ""): value for name, value in gauges.items()}
     counts["confbuild_build_info", f'version="{__version__}"'] = 1
     lines = []
     for name, (kind, text) in METRICS.items():
