@@ -13227,7 +13227,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The first line of the host, for check_schema. [CONTRACT 6.2]
 _CONFIG = {
     "token": re.compile(r"[0-9A-Za-z_-]{16,64}"),
-    "policy": dict,
+    "policy": dict.fromkeys(SourcePolicy._fields, object),
     "platform": tuple(BUILDERS),
     "network?": ("none", "open"),
     "vek?": (str, None),  # base64 of a certificate

@@ -24313,7 +24313,15 @@ class TestAgent:
 
     @pytest.mark.parametrize(
         "line",
-        [b"", b"{}", b"x" * 70000, b'{"token":"short","policy":{},"platform":"simulated"}', b"[1]", b"\xff"],
+        [
+            b"",
+            b"{}",
+            b"x" * 70000,
+            b'{"token":"short","policy":{},"platform":"simulated"}',
+            b'{"token":"0123456789abcdef","policy":{"schemes":["https"]},"platform":"simulated"}',
+            b"[1]",
+            b"\xff",
+        ],
         ids=short_id,
     )
     def test_no_configuration(self, line: bytes) -> None:
@@ -24326,6 +24334,7 @@ class TestAgent:
         assert (
             done.returncode == 1 and done.stdout == b"" and done.stderr.startswith(b"confbuild: error: configuration: ")
         )
+        assert os.listdir(tempfile.gettempdir()) == []
 
     @pytest.mark.parametrize(
         ("error", "room", "error_type", "message"),
@@ -28604,11 +28613,13 @@ class TestGuest:
     )
     def test_bad_configurations(self, line: bytes, message: str) -> None:
         """The host writes the configuration."""
+        line = line.replace(b"{}", json.dumps(POLICY._asdict()).encode())
         with pytest.raises(confbuild.Malformed, match=message):
             confbuild.read_config(functools.partial(io.BytesIO(line).read, 1))
 
     def test_configuration(self) -> None:
-        given: dict[str, Any] = {"token": "t" * 16, "policy": {}, "platform": "snp", "network": "open", "vek": None}
+        policy = POLICY._asdict() | {"schemes": ["https"]}
+        given: dict[str, Any] = {"token": "t" * 16, "policy": policy, "platform": "snp", "network": "open", "vek": None}
         assert (
             confbuild.read_config(functools.partial(io.BytesIO(json.dumps(given).encode() + b"\nmore").read, 1))
             == given
