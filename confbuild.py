@@ -12661,6 +12661,9 @@ class Server:
                 c.pending = c.pending[c.sock.send(c.pending) :]
                 self._set_deadline(c)
             if c.closing:
+                if c.tls:
+                    with suppress(OSError, ValueError):  # it has been done, and the client has not answered yet
+                        c.sock.unwrap()  # type: ignore[attr-defined]  # says that this is the end [RFC9112 9.8]
                 # Closing at once could destroy the answer on its way to a client that still sends. [RFC9112 9.6]
                 c.sock.shutdown(socket.SHUT_WR)
                 if not c.sock.recv(MAX_HEAD):

@@ -23440,7 +23440,10 @@ class TestHttp:
 
     @needs("openssl")
     def test_tls_connections(self, site: Callable[..., Site], tmp_path: Path) -> None:
-        """A handshake blocks nobody and has a deadline. Pipelining, bodies and downloads work as without TLS."""
+        """A handshake blocks nobody and has a deadline. Pipelining, bodies and downloads work as without TLS.
+
+        The server says that it closes the connection. [RFC9112 9.8]
+        """
         cert, key = self.certificate(tmp_path)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
@@ -23459,7 +23462,7 @@ class TestHttp:
             }
         ).encode()
         with ssl.create_default_context(cafile=cert).wrap_socket(
-            socket.create_connection(("127.0.0.1", s.port), 20), server_hostname="127.0.0.1"
+            socket.create_connection(("127.0.0.1", s.port), 20), server_hostname="127.0.0.1", suppress_ragged_eofs=False
         ) as sock:
             for part in (
                 b"GET /hea",
