@@ -12662,7 +12662,7 @@ class Server:
                 self._set_deadline(c)
             if c.closing:
                 if c.tls:
-                    with suppress(OSError, ValueError):  # it has been done, and the client has not answered yet
+                    with suppress(OSError, ValueError):  # the client has not answered yet; it was said before
                         c.sock.unwrap()  # type: ignore[attr-defined]  # says that this is the end [RFC9112 9.8]
                 # Closing at once could destroy the answer on its way to a client that still sends. [RFC9112 9.6]
                 c.sock.shutdown(socket.SHUT_WR)
@@ -13325,8 +13325,8 @@ def _wake_with_parent() -> None:
     system_call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
 
-def _start() -> tuple[Json, str, list[str]]:
-    """Protect this process, and return its configuration, its workspace, and the command that removes that.
+def _start() -> tuple[Json, str, Callable[[], None]]:
+    """Protect this process, and return its configuration, its workspace, and what ends it and removes that.
 
     The workspace is the current directory from now on, if possible at WORK.
     Raises Malformed, OSError.
@@ -13350,7 +13350,7 @@ def _start() -> tuple[Json, str, list[str]]:
     env = build_environment(workspace, os.environ, config.get("env", ()))
     os.environ.clear()
     os.environ.update(env)
-    return config, workspace, sweeper
+    return config, workspace, functools.partial(_kill_and_sweep, sweeper)
 
 
 def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | None]]) -> Attester:
@@ -13431,11 +13431,7 @@ def run_agent() -> None:
 
     Then kill everything that the build has started, and remove the workspace.
     """
-    config, workspace, sweeper = _start()
-
-    def end() -> None:
-        _kill_and_sweep(sweeper)
-
+    config, workspace, end = _start()
     try:
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
@@ -13452,8 +13448,8 @@ def run_fetcher() -> None:
     The archive in the workspace, with a history of depth 1, is source.tar.gz. The answer to the host's first line has
     `name`, or `error` and `error_type`.
     """
-    config, workspace, sweeper = _start()
-    _start_lifeline(lambda: _kill_and_sweep(sweeper))
+    config, workspace, end = _start()
+    _start_lifeline(end)
     policy = SourcePolicy(**config["policy"])
     name = repository_name(config["repo_url"])
     root, archive = join(workspace, name), join(workspace, "source.tar.gz")
