@@ -12179,6 +12179,8 @@ class Api(NamedTuple):
                     raise
             finally:
                 remove_tree(archive)  # if it was not moved
+        while request.read(BLOCK):  # of a build that is known; many clients read no answer before they have sent all
+            pass
         return json_response({"job_id": job.id})
 
     def _check_fields(self, fields: Any, where: str, archive: str) -> BuildRequest:

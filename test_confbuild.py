@@ -22881,7 +22881,9 @@ class TestHttp:
         """
         s = site(single_use=True)
         first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 1")
-        assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
+        again = s.ask("POST", "/build", URL, Idempotency_Key="run 1")
+        assert first[0] == again[0] == 200 and again[2] == first[2]
+        assert "Connection" not in again[1]  # the body was read, for clients that first send all of it
         assert s.ask("POST", "/build", URL, Idempotency_Key='"run 1"')[2] == first[2]  # a string of structured fields
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 2"), 409, "AlreadyAccepted")
         for key in ('"', '""', 'a"b', '"run 1', 'run 1"', '""run 1""', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
@@ -22892,11 +22894,11 @@ class TestHttp:
         s.jobs.stop(10)
         with started(s.folder / "state", slots=0) as jobs:
             request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")
-            again = jobs.submit(request, key="run 1")
-            assert again.id == json.loads(first[2])["job_id"] and len(confbuild.list_jobs(jobs, 9)) == 1
-            assert jobs.submit(request, key="run 2").id == jobs.submit(request, key="run 2").id != again.id
+            job = jobs.submit(request, key="run 1")
+            assert job.id == json.loads(first[2])["job_id"] and len(confbuild.list_jobs(jobs, 9)) == 1
+            assert jobs.submit(request, key="run 2").id == jobs.submit(request, key="run 2").id != job.id
             monkeypatch.setattr(confbuild, "KEY_S", -1.0)
-            assert jobs.submit(request, key="run 1").id != again.id
+            assert jobs.submit(request, key="run 1").id != job.id
 
     def test_a_key_in_flight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of two requests with one key at a time, one is accepted and the other is told to come again.
