@@ -9662,13 +9662,12 @@ class Streamer:
                 watcher.left = rest
                 watcher.pending = b"%x\r\n" % rest if watcher.chunked else b""
                 return True
-            rest = min(rest, _SMALL)  # TLS has no sendfile
-            data = self._read(source, rest, watcher.position)
+            data = self._read(source, min(rest, _SMALL), watcher.position)  # TLS has no sendfile
             if not data:
                 raise OSError("the file ends before the range does")
             if watcher.ndjson:
                 if b"\n\n" not in data:  # a long event
-                    data = os.pread(source.fd, MAX_FRAME, watcher.position)
+                    data = os.pread(source.fd, min(rest, MAX_FRAME), watcher.position)
                 data = data[: data.rfind(b"\n\n") + 2]
                 if len(data) < 2:
                     raise OSError("the log is damaged")
@@ -14318,7 +14317,7 @@ class VmHost(NamedTuple):
                     request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
                     source = join(fetcher.workspace, "source.tar.gz")
                 with vm.explained():
-                    vm.console_log = join(job.folder, "console.log")
+                    vm.console_log = job.path("console.log")
                     if not vm.ready:
                         self._tell(log, vm, "booting")
                         self.pool.boot(vm)
@@ -14365,7 +14364,7 @@ class VmHost(NamedTuple):
             if stream.read1(BLOCK):  # the next request needs the end of this response
                 raise vm_error("the VM sent more after its last event")
         expected = self.expected._replace(nonce=request.nonce)
-        return fetch_result(agent, agent_job, join(job.folder, "result.tmp"), expected)
+        return fetch_result(agent, agent_job, job.path("result.tmp"), expected)
 
 
 def finish_cleaning(cleaner: "subprocess.Popen[bytes] | None") -> None:

@@ -19390,6 +19390,20 @@ class TestStreamer:
             wait_for(lambda: kept() is None)
         streamer.stop()
 
+    def test_what_is_not_published(self, tmp_path: Path) -> None:
+        """Of an append that may still fail, also the reader of a long event as a line gets nothing. [CONTRACT 1.7]"""
+        streamer, log = confbuild.Streamer(), confbuild.EventLog(str(tmp_path / "log"), lambda log: streamer.grown(log))
+        log.append(confbuild.to_payloads("build", ["x" * 100_000]))
+        os.pwrite(log.fd, b"".join(frames(['{"type":"build","msg":"unwritten"}'] * 9, 2)), log.size)
+        ours, theirs = socket.socketpair()
+        with ours:
+            streamer.add(confbuild.Watcher(theirs, log, 0, False, False, b"", ndjson=True))
+            assert ours.recv(1)
+            wait_for(lambda: log.waiting)  # for more than what was published
+            log.append(COMPLETE_EVENT)
+            assert read_all(ours).endswith(b'x"}\n{"id":2,"type":"complete","result":{"status":"ok"}}\n')
+        streamer.stop()
+
     def test_masks(self) -> None:
         assert (confbuild.READ, confbuild.WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 
