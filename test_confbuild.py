@@ -22914,6 +22914,18 @@ class TestHttp:
             monkeypatch.setattr(confbuild, "KEY_S", -1.0)
             assert jobs.submit(request, key="run 1").id != job.id
 
+    def test_a_known_key_on_a_full_disk(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """It needs no room. [CONTRACT 1.6]"""
+
+        def full(**_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        s = site()
+        first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="known")
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="new"), 507, "InsufficientStorage")
+        assert s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="known")[::2] == first[::2] and first[0] == 200
+
     def test_a_key_in_flight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of two requests with one key at a time, one is accepted and the other is told to come again.
 
