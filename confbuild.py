@@ -10518,7 +10518,7 @@ class Jobs:
                         self._bytes += log.size
                         job.log = None
                         self.table.end(job)
-                    else:  # parked: it can still be cancelled
+                    elif self.stopping.is_set():  # parked: it can still be cancelled
                         self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:
