@@ -10321,6 +10321,13 @@ def _keep(jobs: "Jobs", keep_s: float, keep_bytes: float) -> None:
         jobs.table.expire(keep_s, keep_bytes)
 
 
+def _try_to_complete(jobs: "Jobs", job: Job) -> None:
+    try:
+        jobs._complete(job)
+    except OSError as e:
+        logger().error("job %s: cannot record its end yet: %s", job.id, e)
+
+
 def _repeat(work: Callable[[], None], stopping: "threading.Event") -> None:
     """Call work until the server stops, whatever it raises."""
     while not stopping.is_set():
@@ -10472,7 +10479,7 @@ class Jobs:
             with job.writing:
                 job.announce(self.positions().get(job, job.position))
         for job in late:
-            self._try_to_complete(job)
+            _try_to_complete(self, job)
 
     def _work(self) -> None:
         """A slot: run the next job from its start to its end."""
@@ -10488,19 +10495,13 @@ class Jobs:
             with self._changed:
                 self._running.discard(job)
                 self._end_locked(job, end)
-            self._try_to_complete(job)
+            _try_to_complete(self, job)
 
     def _end_locked(self, job: Job, end: End) -> None:
         """Make end the end of a job, which _complete publishes. Caller must hold _changed."""
         job.tried_at = monotonic()
         self._ending[job] = end
         self._changed.notify_all()
-
-    def _try_to_complete(self, job: Job) -> None:
-        try:
-            self._complete(job)
-        except OSError as e:
-            logger().error("job %s: cannot record its end yet: %s", job.id, e)
 
     def _complete(self, job: Job) -> None:
         """Publish the end of a job, if that is due: the only way to a `complete` event. Any thread. Raises OSError."""
@@ -10511,13 +10512,14 @@ class Jobs:
             if end:  # else another thread was faster
                 log = job.live_log()
                 job.complete(end)
+                if log.finished:
+                    self.table.end(job)
                 with self._changed:
                     del self._ending[job]
                     if log.finished:
                         self._events += log.count
                         self._bytes += log.size
                         job.log = None
-                        self.table.end(job)
                     elif self.stopping.is_set():  # parked: it can still be cancelled
                         self._queue.append(job)
 
@@ -12550,8 +12552,7 @@ def listen(address: tuple[str, int] | None) -> "socket.socket":
 class Server:
     """Accepts connections, waits for their clients, and makes each answer in a thread.
 
-    A connection that waits has a deadline. If too many wait, or they hold too many bytes, the oldest is closed.
-    Raises OSError if it cannot listen on address.
+    A connection that waits has a deadline. If too many wait, or hold too many bytes, the oldest goes. Raises OSError.
     """
 
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
@@ -12638,13 +12639,13 @@ class Server:
                 if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
                     raise OSError(errno.EMFILE, "too many files")
                 sock.setblocking(False)
-                if self._tls is not None:
+                if self._tls:
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except (OSError, ValueError) as e:
                 logger().debug("%s: %r", address, e)
                 sock.close()
                 continue
-            connection = Connection(sock, str(address[0]), self._tls is not None, monotonic() + self.head_s)
+            connection = Connection(sock, str(address[0]), bool(self._tls), monotonic() + self.head_s)
             self._hold(connection)
             self._selector.set_mask(connection, READ)
 
@@ -12661,11 +12662,9 @@ class Server:
                 c.pending = c.pending[c.sock.send(c.pending) :]
                 self._set_deadline(c)
             if c.closing:
-                if c.tls:
-                    with suppress(OSError, ValueError):  # the client has not answered yet; it was said before
-                        c.sock.unwrap()  # type: ignore[attr-defined]  # says that this is the end [RFC9112 9.8]
-                # Closing at once could destroy the answer on its way to a client that still sends. [RFC9112 9.6]
-                c.sock.shutdown(socket.SHUT_WR)
+                with suppress(AttributeError, OSError, ValueError):  # no TLS; no answer yet; done before [RFC9112 9.8]
+                    c.sock.unwrap()  # type: ignore[attr-defined]
+                c.sock.shutdown(socket.SHUT_WR)  # closing could destroy the answer on its way [RFC9112 9.6]
                 if not c.sock.recv(MAX_HEAD):
                     raise ConnectionError("the client has closed its end")
                 self._selector.set_mask(c, READ)
