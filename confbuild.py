@@ -9170,7 +9170,7 @@ def render_metrics(gauges: Mapping[str, float]) -> str:
     """Return the text of all metrics. gauges: the values of those that are not counted here."""
     with _counting:
         counts = dict(_counts)
-    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in gauges.items()}
+    counts |= {(name, ""): value for name, value in gauges.items()}
     counts["confbuild_build_info", f'version="{__version__}"'] = 1
     lines = []
     for name, (kind, text) in METRICS.items():
@@ -9692,13 +9692,12 @@ class Streamer:
                 watcher.left = rest
                 watcher.pending = b"%x\r\n" % rest if watcher.chunked else b""
                 return True
-            rest = min(rest, _SMALL)  # TLS has no sendfile
-            data = self._read(source, rest, watcher.position)
+            data = self._read(source, min(rest, _SMALL), watcher.position)  # TLS has no sendfile
             if not data:
                 raise OSError("the file ends before the range does")
             if watcher.ndjson:
                 if b"\n\n" not in data:  # a long event
-                    data = os.pread(source.fd, MAX_FRAME, watcher.position)
+                    data = os.pread(source.fd, min(rest, MAX_FRAME), watcher.position)
                 data = data[: data.rfind(b"\n\n") + 2]
                 if len(data) < 2:
                     raise OSError("the log is damaged")
@@ -10081,7 +10080,6 @@ class Job:
                 os.unlink(self.path(left))
         log.append(self.record.complete_event())
         _log_end(self, log)
-        self.log = None
 
 
 def open_result(job: Job) -> OpenFile:
@@ -10150,8 +10148,6 @@ def _log_end(job: Job, log: EventLog) -> None:
     logger().info("job %s %s %s %.1f s", job.id[:4], *list(fields.values())[1:], extra={"fields": fields})
     count("confbuild_builds_total", toolchain=toolchain[1].decode() if toolchain else "", outcome=outcome)
     count("confbuild_vms_lost_total", outcome == "VmError")
-    count("confbuild_events_appended_total", log.count)
-    count("confbuild_event_bytes_appended_total", log.size)
     if record.started_at:
         observe("confbuild_wait_seconds", started - submitted)
         observe("confbuild_build_seconds", finished - started)
@@ -10192,7 +10188,7 @@ def _order(job: Job) -> Order:
 
 # The job.json of a job that has ended.  It is only looked at: whoever asks for the job gets all checks.
 _ENDED = (
-    rb'\{"seq":([0-9]{1,18}),"request":\{[^{}]*\},"attempts":[0-9]+,"state":"(?:ok|failed)","submitted_at":"([^"]*)"'
+    rb'\{"seq":([0-9]{1,18}),"request":\{.*\},"attempts":[0-9]+,"state":"(?:ok|failed)","submitted_at":"([^"]*)"'
     rb',"started_at":"[^"]*","finished_at":"[^"]+",(?:.*,"key":"([^"]*)"|.*)\}'
 )
 
@@ -10359,6 +10355,13 @@ def _keep(jobs: "Jobs", keep_s: float, keep_bytes: float) -> None:
         jobs.table.expire(keep_s, keep_bytes)
 
 
+def _try_to_complete(jobs: "Jobs", job: Job) -> None:
+    try:
+        jobs._complete(job)
+    except OSError as e:
+        logger().error("job %s: cannot record its end yet: %s", job.id, e)
+
+
 def _repeat(work: Callable[[], None], stopping: "threading.Event") -> None:
     """Call work until the server stops, whatever it raises."""
     while not stopping.is_set():
@@ -10402,6 +10405,7 @@ class Jobs:
         self._accepting: list[str] = []  # guarded by _changed; the keys of new jobs that are being written
         self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
+        self._events = self._bytes = 0  # guarded by _changed; of the logs of jobs that have ended
         work = [("queue", self._tend), ("keeper", lambda: _keep(self, keep_s, keep_bytes))]
         work += [(f"slot {number}", self._work) for number in range(slots)]
         self._threads = [
@@ -10476,14 +10480,14 @@ class Jobs:
             return {job: position for position, job in enumerate(self._queue)}
 
     def gauges(self) -> dict[str, float]:
-        """Return metrics of the jobs. Those of events cover unfinished jobs; the caller adds the counts of others."""
+        """Return metrics of the jobs."""
         with self._changed:
-            logs = [job.log for job in (*self._running, *self._ending) if job.log]
+            logs = [job.live_log() for job in (*self._running, *self._ending)]
             return {
                 "confbuild_queue_jobs": len(self._queue),
                 "confbuild_running_jobs": len(self._running),
-                "confbuild_events_appended_total": sum(log.count for log in logs),
-                "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
+                "confbuild_events_appended_total": self._events + sum(log.count for log in logs),
+                "confbuild_event_bytes_appended_total": self._bytes + sum(log.size for log in logs),
             }
 
     def cancel(self, job: Job) -> None:
@@ -10510,7 +10514,7 @@ class Jobs:
             with job.writing:
                 job.announce(self.positions().get(job, job.position))
         for job in late:
-            self._try_to_complete(job)
+            _try_to_complete(self, job)
 
     def _work(self) -> None:
         """A slot: run the next job from its start to its end."""
@@ -10526,19 +10530,13 @@ class Jobs:
             with self._changed:
                 self._running.discard(job)
                 self._end_locked(job, end)
-            self._try_to_complete(job)
+            _try_to_complete(self, job)
 
     def _end_locked(self, job: Job, end: End) -> None:
         """Make end the end of a job, which _complete publishes. Caller must hold _changed."""
         job.tried_at = monotonic()
         self._ending[job] = end
         self._changed.notify_all()
-
-    def _try_to_complete(self, job: Job) -> None:
-        try:
-            self._complete(job)
-        except OSError as e:
-            logger().error("job %s: cannot record its end yet: %s", job.id, e)
 
     def _complete(self, job: Job) -> None:
         """Publish the end of a job, if that is due: the only way to a `complete` event. Any thread. Raises OSError."""
@@ -10547,12 +10545,17 @@ class Jobs:
             with self._changed:
                 end = self._ending.get(job)
             if end:  # else another thread was faster
+                log = job.live_log()
                 job.complete(end)
-                if not job.log:
+                if log.finished:
                     self.table.end(job)
                 with self._changed:
                     del self._ending[job]
-                    if job.log and self.stopping.is_set():  # parked: it can still be cancelled
+                    if log.finished:
+                        self._events += log.count
+                        self._bytes += log.size
+                        job.log = None
+                    elif self.stopping.is_set():  # parked: it can still be cancelled
                         self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:
@@ -11365,11 +11368,13 @@ function goToLine(line) {
 }
 
 // Call each with the rows that match, a chunk at a time, until it returns true. Return whether it did.
+// Its second argument is the first row that is not final: the last row is not while it is a progress bar.
 async function scan(first, matches, each) {
   let paused = performance.now();
-  for (let row = first; row < rowCount();) {
-    const end = chunks[chunkOf("row", row) + 1]?.row ?? rowCount();
-    if (each([...rows(row, end)].filter(({text}) => matches(plain(text))), end)) return true;
+  const count = rowCount();
+  for (let row = first; row < count;) {
+    const end = chunks[chunkOf("row", row) + 1]?.row ?? rowCount(), bars = bar && end == rowCount() ? 1 : 0;
+    if (each([...rows(row, end)].filter(({text}) => matches(plain(text))), end - bars)) return true;
     row = end;
     if (performance.now() - paused > 20) {
       await sleep(0);
@@ -11379,7 +11384,7 @@ async function scan(first, matches, each) {
   return false;
 }
 
-// Search the rows that were not searched yet. Return a promise of the end.
+// Search the rows that were not searched to their end. Return a promise of the end.
 let searching = {};
 function search() {
   if (searching.pattern !== pattern) searching = {pattern, done: searchRows(pattern)};
@@ -11391,6 +11396,7 @@ async function searchRows(mine) {
   const matches = new RegExp(mine.source, "i");
   await scan(searched, text => matches.test(text), (found, end) => {
     if (pattern !== mine) return true;
+    while (hits.at(-1) >= searched) hits.pop();  // of a progress bar
     for (const {row} of found) hits.push(row);
     searched = end;
     showHits();
@@ -12183,29 +12189,30 @@ class Api(NamedTuple):
             raise Refused(413, "PayloadTooLarge", f"the archive has more than {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
-        job = self.jobs.table.find(key)
-        if not job:
-            archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
-            try:
-                self.jobs.check_open(key)
-                with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
-                    while body.tell() < length:
-                        block = request.read(BLOCK)
-                        if not block:
-                            raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
-                        body.write(block)
-                    if raw:  # the archive is the body; artifacts may come several times
-                        patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
-                        fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
-                    else:
-                        fields = read_fields(body, archive, limit)
-                job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
-            except Refused:  # a build with this key may be why
-                job = self.jobs.table.find(key)
-                if not job:
-                    raise
-            finally:
-                remove_tree(archive)  # if it was not moved
+        archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
+        try:
+            self.jobs.check_open(key)
+            with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
+                while body.tell() < length:
+                    block = request.read(BLOCK)
+                    if not block:
+                        raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
+                    body.write(block)
+                if raw:  # the archive is the body; artifacts may come several times
+                    patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
+                    fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
+                else:
+                    fields = read_fields(body, archive, limit)
+            job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
+        except (Refused, OSError):  # a build with this key may be known
+            known = self.jobs.table.find(key)
+            if not known:
+                raise
+            job = known
+        finally:
+            remove_tree(archive)  # if it was not moved
+        while request.read(BLOCK):  # if the build was known; many clients read no answer before they have sent all
+            pass
         return json_response({"job_id": job.id})
 
     def _check_fields(self, fields: Any, where: str, archive: str) -> BuildRequest:
@@ -12577,8 +12584,7 @@ def listen(address: tuple[str, int] | None) -> "socket.socket":
 class Server:
     """Accepts connections, waits for their clients, and makes each answer in a thread.
 
-    A connection that waits has a deadline. If too many wait, or they hold too many bytes, the oldest is closed.
-    Raises OSError if it cannot listen on address.
+    A connection that waits has a deadline. If too many wait, or hold too many bytes, the oldest goes. Raises OSError.
     """
 
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
@@ -12665,13 +12671,13 @@ class Server:
                 if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
                     raise OSError(errno.EMFILE, "too many files")
                 sock.setblocking(False)
-                if self._tls is not None:
+                if self._tls:
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except (OSError, ValueError) as e:
                 logger().debug("%s: %r", address, e)
                 sock.close()
                 continue
-            connection = Connection(sock, str(address[0]), self._tls is not None, monotonic() + self.head_s)
+            connection = Connection(sock, str(address[0]), bool(self._tls), monotonic() + self.head_s)
             self._hold(connection)
             self._selector.set_mask(connection, READ)
 
@@ -12688,8 +12694,9 @@ class Server:
                 c.pending = c.pending[c.sock.send(c.pending) :]
                 self._set_deadline(c)
             if c.closing:
-                # Closing at once could destroy the answer on its way to a client that still sends. [RFC9112 9.6]
-                c.sock.shutdown(socket.SHUT_WR)
+                with suppress(AttributeError, OSError, ValueError):  # no TLS; no answer yet; done before [RFC9112 9.8]
+                    c.sock.unwrap()  # type: ignore[attr-defined]
+                c.sock.shutdown(socket.SHUT_WR)  # closing could destroy the answer on its way [RFC9112 9.6]
                 if not c.sock.recv(MAX_HEAD):
                     raise ConnectionError("the client has closed its end")
                 self._selector.set_mask(c, READ)
@@ -13254,7 +13261,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The first line of the host, for check_schema. [CONTRACT 6.2]
 _CONFIG = {
     "token": re.compile(r"[0-9A-Za-z_-]{16,64}"),
-    "policy": dict,
+    "policy": dict.fromkeys(SourcePolicy._fields, object),
     "platform": tuple(BUILDERS),
     "network?": ("none", "open"),
     "vek?": (str, None),  # base64 of a certificate
@@ -13349,8 +13356,8 @@ def _wake_with_parent() -> None:
     system_call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
 
-def _start() -> tuple[Json, str, list[str]]:
-    """Protect this process, and return its configuration, its workspace, and the command that removes that.
+def _start() -> tuple[Json, str, Callable[[], None]]:
+    """Protect this process, and return its configuration, its workspace, and what ends it and removes that.
 
     The workspace is the current directory from now on, if possible at WORK.
     Raises Malformed, OSError.
@@ -13374,7 +13381,7 @@ def _start() -> tuple[Json, str, list[str]]:
     env = build_environment(workspace, os.environ, config.get("env", ()))
     os.environ.clear()
     os.environ.update(env)
-    return config, workspace, sweeper
+    return config, workspace, functools.partial(_kill_and_sweep, sweeper)
 
 
 def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | None]]) -> Attester:
@@ -13455,11 +13462,7 @@ def run_agent() -> None:
 
     Then kill everything that the build has started, and remove the workspace.
     """
-    config, workspace, sweeper = _start()
-
-    def end() -> None:
-        _kill_and_sweep(sweeper)
-
+    config, workspace, end = _start()
     try:
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
@@ -13476,8 +13479,8 @@ def run_fetcher() -> None:
     The archive in the workspace, with a history of depth 1, is source.tar.gz. The answer to the host's first line has
     `name`, or `error` and `error_type`.
     """
-    config, workspace, sweeper = _start()
-    _start_lifeline(lambda: _kill_and_sweep(sweeper))
+    config, workspace, end = _start()
+    _start_lifeline(end)
     policy = SourcePolicy(**config["policy"])
     name = repository_name(config["repo_url"])
     root, archive = join(workspace, name), join(workspace, "source.tar.gz")
@@ -14344,7 +14347,7 @@ class VmHost(NamedTuple):
                     request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
                     source = join(fetcher.workspace, "source.tar.gz")
                 with vm.explained():
-                    vm.console_log = join(job.folder, "console.log")
+                    vm.console_log = job.path("console.log")
                     if not vm.ready:
                         self._tell(log, vm, "booting")
                         self.pool.boot(vm)
@@ -14391,7 +14394,7 @@ class VmHost(NamedTuple):
             if stream.read1(BLOCK):  # the next request needs the end of this response
                 raise vm_error("the VM sent more after its last event")
         expected = self.expected._replace(nonce=request.nonce)
-        return fetch_result(agent, agent_job, join(job.folder, "result.tmp"), expected)
+        return fetch_result(agent, agent_job, job.path("result.tmp"), expected)
 
 
 def finish_cleaning(cleaner: "subprocess.Popen[bytes] | None") -> None:

@@ -19518,6 +19518,20 @@ class TestStreamer:
             wait_for(lambda: kept() is None)
         streamer.stop()
 
+    def test_what_is_not_published(self, tmp_path: Path) -> None:
+        """Of an append that may still fail, also the reader of a long event as a line gets nothing. [CONTRACT 1.7]"""
+        streamer, log = confbuild.Streamer(), confbuild.EventLog(str(tmp_path / "log"), lambda log: streamer.grown(log))
+        log.append(confbuild.to_payloads("build", ["x" * 100_000]))
+        os.pwrite(log.fd, b"".join(frames(['{"type":"build","msg":"unwritten"}'] * 9, 2)), log.size)
+        ours, theirs = socket.socketpair()
+        with ours:
+            streamer.add(confbuild.Watcher(theirs, log, 0, False, False, b"", ndjson=True))
+            assert ours.recv(1)
+            wait_for(lambda: log.waiting)  # for more than what was published
+            log.append(COMPLETE_EVENT)
+            assert read_all(ours).endswith(b'x"}\n{"id":2,"type":"complete","result":{"status":"ok"}}\n')
+        streamer.stop()
+
     def test_masks(self) -> None:
         assert (confbuild.READ, confbuild.WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 
@@ -21277,6 +21291,26 @@ class TestPage:
         browser.run(click)
         browser.wait("document.querySelector('.target')")
 
+    def test_progress(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """What replaces a progress bar is searched, too, and its text is then not found any more."""
+        s = site()
+        job = self.accepted(s)
+        self.append(s, job, "start", "10% done\r")
+        browser.open(self.address(s, job))
+        browser.wait("lineCount == 2")
+        browser.run("$('needle').value = 'done'; $('needle').oninput()")
+        browser.wait("$('found').innerText == '– of 1'")
+        self.append(s, job, "fatal: no\r")
+        browser.wait("$('found').innerText == 'no match'")
+        self.append(s, job, "100% done", "well done")
+        browser.wait("$('found').innerText == '– of 2'")
+        self.append(s, job, "20% linked\r")
+        browser.wait("lineCount == 6")
+        browser.click("#error")
+        browser.wait("$('found').innerText == 'no error so far'")
+        self.append(s, job, "error: no such library")
+        browser.wait("location.hash == '#L7'")
+
     def test_reader(self, site: Callable[..., "Site"], browser: Browser) -> None:
         """What a reader does while lines arrive: select and copy text, ask for lines, hide the tab."""
         s = site()
@@ -21545,7 +21579,10 @@ class Site:
         options.pop("build_state", lambda _: None)(folder / "state")
         self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
         policy = confbuild.SourcePolicy(max_archive=max_archive)
-        api = confbuild.Api(self.jobs, policy, {"platform": "simulated"}, self.attest, b": hello\n\n", lambda: crowded)
+        described = {"platform": "simulated"}
+        api = confbuild.Api(
+            self.jobs, policy, described, self.attest, b": hello\n\n", lambda: crowded, self.jobs.gauges
+        )
         gate = confbuild.AccessPolicy(tokens, ["127.0.0.1", "build.example"])
         self.server = confbuild.Server(("127.0.0.1", 0), api, gate, self.streamer, tls)
         self.port = self.server.server_address[1]
@@ -21711,7 +21748,7 @@ BODIES: list[tuple[Any, int, str, str]] = [
         "PayloadTooLarge",
         "more than 1048576",
     ),
-    (b" " * (2 << 20), 413, "PayloadTooLarge", "may have 1048576"),
+    (b" " * (2 << 20), 413, "PayloadTooLarge", "more than 1048576"),
 ]
 
 
@@ -23005,7 +23042,9 @@ class TestHttp:
         """
         s = site(single_use=True)
         first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 1")
-        assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
+        again = s.ask("POST", "/build", URL, Idempotency_Key="run 1")
+        assert first[0] == again[0] == 200 and again[2] == first[2]
+        assert "Connection" not in again[1]  # the body was read, for clients that first send all of it
         assert s.ask("POST", "/build", URL, Idempotency_Key='"run 1"')[2] == first[2]  # a string of structured fields
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 2"), 409, "AlreadyAccepted")
         for key in ('"', '""', 'a"b', '"run 1', 'run 1"', '""run 1""', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
@@ -23016,11 +23055,23 @@ class TestHttp:
         s.jobs.stop(10)
         with started(s.folder / "state", slots=0) as jobs:
             request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")
-            again = jobs.submit(request, key="run 1")
-            assert again.id == json.loads(first[2])["job_id"] and len(confbuild.list_jobs(jobs, 9)) == 1
-            assert jobs.submit(request, key="run 2").id == jobs.submit(request, key="run 2").id != again.id
+            job = jobs.submit(request, key="run 1")
+            assert job.id == json.loads(first[2])["job_id"] and len(confbuild.list_jobs(jobs, 9)) == 1
+            assert jobs.submit(request, key="run 2").id == jobs.submit(request, key="run 2").id != job.id
             monkeypatch.setattr(confbuild, "KEY_S", -1.0)
-            assert jobs.submit(request, key="run 1").id != again.id
+            assert jobs.submit(request, key="run 1").id != job.id
+
+    def test_a_known_key_on_a_full_disk(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """It needs no room. [CONTRACT 1.6]"""
+
+        def full(**_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        s = site()
+        first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="known")
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="new"), 507, "InsufficientStorage")
+        assert s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="known")[::2] == first[::2] and first[0] == 200
 
     def test_a_key_in_flight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of two requests with one key at a time, one is accepted and the other is told to come again.
@@ -23190,6 +23241,16 @@ class TestHttp:
             assert jobs.table.ids() == [job_id(3), job_id(1)]
             assert [(one.name, one.stat().st_size) for one in (tmp_path / "removed").iterdir()] == [(job_id(2), 0)]
 
+    def test_braces_in_a_request(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """The next server still sees that the build has ended, and removes it in time. [CONTRACT 1.15]"""
+        names = {"source_name": '{x}","attempts":1.tgz', "artifacts": ["*.{so,a}"]}
+        request = {"nonce": NONCE, "repo_url": "", "repo_ref": "", **names}
+        os.utime(store(tmp_path, 1, request=request) / "job.json", (0, 0))
+        with started(tmp_path, slots=0) as jobs:
+            assert jobs.get(job_id(1)).request.artifacts == ["*.{so,a}"] and not jobs.table.live()
+            jobs.table.expire(0, 0)
+            assert jobs.table.ids() == [] and not caplog.text
+
     def test_a_single_use_that_is_gone(self, tmp_path: Path) -> None:
         """A server that accepts one build, ever, accepts no second one after the first was removed."""
         os.utime(store(tmp_path, 1) / "job.json", (0, 0))
@@ -23236,6 +23297,24 @@ class TestHttp:
             wait_for(lambda: jobs._ending)
             found = jobs.gauges()
         assert (found["confbuild_running_jobs"], found["confbuild_events_appended_total"]) == (0, log.count) == (0, 2)
+
+    def test_events_of_a_build_that_ends(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A counter never falls: they count once, also while the end is being recorded. [CONTRACT 1.17]"""
+        log_end, seen = confbuild._log_end, list[str]()
+
+        def read() -> str:
+            text = confbuild.render_metrics(jobs.gauges())
+            return text.partition("confbuild_events_appended_total{} ")[2].partition("\n")[0]
+
+        def look(job: confbuild.Job, log: confbuild.EventLog) -> None:
+            log_end(job, log)
+            seen.append(read())
+
+        monkeypatch.setattr(confbuild, "_log_end", look)
+        with started(tmp_path) as jobs:
+            jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+            wait_for(lambda: all_ended(jobs) and seen)
+            assert seen == [read()]
 
     def test_metrics(self, site: Callable[..., Site]) -> None:
         """Counts of builds, events and requests; and promtool finds nothing to say. [CONTRACT 1.17]"""
@@ -23536,7 +23615,10 @@ class TestHttp:
 
     @needs("openssl")
     def test_tls_connections(self, site: Callable[..., Site], tmp_path: Path) -> None:
-        """A handshake blocks nobody and has a deadline. Pipelining, bodies and downloads work as without TLS."""
+        """A handshake blocks nobody and has a deadline. Pipelining, bodies and downloads work as without TLS.
+
+        The server says that it closes the connection. [RFC9112 9.8]
+        """
         cert, key = self.certificate(tmp_path)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
@@ -23555,7 +23637,7 @@ class TestHttp:
             }
         ).encode()
         with ssl.create_default_context(cafile=cert).wrap_socket(
-            socket.create_connection(("127.0.0.1", s.port), 20), server_hostname="127.0.0.1"
+            socket.create_connection(("127.0.0.1", s.port), 20), server_hostname="127.0.0.1", suppress_ragged_eofs=False
         ) as sock:
             for part in (
                 b"GET /hea",
@@ -24409,7 +24491,15 @@ class TestAgent:
 
     @pytest.mark.parametrize(
         "line",
-        [b"", b"{}", b"x" * 70000, b'{"token":"short","policy":{},"platform":"simulated"}', b"[1]", b"\xff"],
+        [
+            b"",
+            b"{}",
+            b"x" * 70000,
+            b'{"token":"short","policy":{},"platform":"simulated"}',
+            b'{"token":"0123456789abcdef","policy":{"schemes":["https"]},"platform":"simulated"}',
+            b"[1]",
+            b"\xff",
+        ],
         ids=short_id,
     )
     def test_no_configuration(self, line: bytes) -> None:
@@ -24422,6 +24512,7 @@ class TestAgent:
         assert (
             done.returncode == 1 and done.stdout == b"" and done.stderr.startswith(b"confbuild: error: configuration: ")
         )
+        assert os.listdir(tempfile.gettempdir()) == []
 
     @pytest.mark.parametrize(
         ("error", "room", "error_type", "message"),
@@ -28700,11 +28791,13 @@ class TestGuest:
     )
     def test_bad_configurations(self, line: bytes, message: str) -> None:
         """The host writes the configuration."""
+        line = line.replace(b"{}", json.dumps(POLICY._asdict()).encode())
         with pytest.raises(confbuild.Malformed, match=message):
             confbuild.read_config(functools.partial(io.BytesIO(line).read, 1))
 
     def test_configuration(self) -> None:
-        given: dict[str, Any] = {"token": "t" * 16, "policy": {}, "platform": "snp", "network": "open", "vek": None}
+        policy = POLICY._asdict() | {"schemes": ["https"]}
+        given: dict[str, Any] = {"token": "t" * 16, "policy": policy, "platform": "snp", "network": "open", "vek": None}
         assert (
             confbuild.read_config(functools.partial(io.BytesIO(json.dumps(given).encode() + b"\nmore").read, 1))
             == given
