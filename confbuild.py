@@ -5187,6 +5187,8 @@ def _enter_namespaces(workspace: str) -> None:
         elif entry.is_dir() and entry.path != WORK:
             mount("", root + entry.path, _MS_BIND | _MS_REC, "", entry.path)
     mount("", root + WORK, _MS_BIND, "", workspace)
+    if isdir(root + "/dev/shm"):  # sem_open(3) and shm_open(3) make files there
+        mount("", root + "/dev/shm", _MS_BIND, "", f"{root}{WORK}/tmp")
     os.chdir(root)
     mount("", "/", _MS_MOVE, "", ".")
     os.chroot(".")
@@ -7172,6 +7174,11 @@ def prepare(
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
+def without_colours(text: str) -> str:
+    """Return text without the sequences that set colours; some programs print them to pipes, too."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phase, messages: None) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
@@ -7186,7 +7193,7 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
         except OSError as e:
             advice = "; --readable DIR lets builds read its folder" * (e.errno == errno.EACCES)
             raise BuildFailed("UnsupportedToolchainError", f"cannot run {argv[0]}: {e.strerror}{advice}") from None
-        line = output.decode("utf-8", "replace").strip().partition("\n")[0]
+        line = without_colours(output.decode("utf-8", "replace")).strip().partition("\n")[0]
         if status == 0 and line.isprintable() and line:
             return line
         lines = errors.splitlines() or [f"exit status {status}, expected one line of text"]
@@ -7751,6 +7758,12 @@ def adapt_npm(project: str) -> Json:
     }
 
 
+def evaluate_npm(plan: Toolchain, root: str, folder: str) -> Toolchain:
+    """Return plan with the headers of node, if it has any: native addons are compiled without a network."""
+    prefix = dirname(dirname(realpath(plan.programs["node"].path)))
+    return plan._replace(env={"npm_config_nodedir": prefix, **plan.env}) if isdir(f"{prefix}/include/node") else plan
+
+
 def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a package-lock.json, sorted by uri.  [CONTRACT 3.5]
 
@@ -7954,6 +7967,7 @@ TOOLCHAINS = (
             + "CI=true COREPACK_ROOT={home} pnpm_config_pm_on_fail=ignore XDG_RUNTIME_DIR={home}"),
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
+        evaluate=evaluate_npm,
         # The last three: whatever the project's .npmrc says, it installs, and here.
         env=_variables(f"""
             CI=true npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
@@ -8472,6 +8486,7 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
     return {
         "PATH": os.defpath,
         **FIXED_ENVIRONMENT,
+        "JAVA_TOOL_OPTIONS": f"-Duser.home='{join(workspace, 'home')}'",  # otherwise from passwd(5)
         **({"RUSTUP_HOME": rustup} if isdir(rustup) else {}),
         # The URL of a proxy may contain a password.
         **{k: v for k, v in passed.items() if k in extra or "@" not in v or not k.lower().endswith("_proxy")},
@@ -8481,8 +8496,8 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
 
 # The first line of an error.
 _CAUSE = r"""(?mx)
-    ^[ \t\u2009]* (
-        error(\[\w+\])?:              # cargo and rustc, rustup, nix
+    ^[ \t\u2009]* ([\w./@+-]+[ ]\w+:[ ])? (       # pnpm begins lines of a package with its folder and its script
+        error(\[\w+\]|\ TS\d+)?:      # cargo and rustc, rustup, nix, TypeScript
         | npm\ error\ (?!code|errno|syscall|path|Lifecycle|workspace|location|command\ failed)
         | \[?ERR_PNPM_ | ERROR[ ]{2} | \[ERROR\]
         | \w*Error(\ \[\w+\])?:\     # JavaScript and Python
@@ -8515,7 +8530,7 @@ class BuildLog:
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
         if not self.cause and any(word in text for word in self._words):
-            match = re.search(_CAUSE, re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
+            match = re.search(_CAUSE, without_colours(text))
             self.cause = match[0].strip() if match else ""
         if lines:
             self._emit("build", lines)
@@ -15971,8 +15986,14 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
     for name, major, minor in _DEVICES:
         os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
-    for name, link in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
-        os.symlink(f"/proc/self/{link}", f"{SYSROOT}/dev/{name}")
+    for name, link in (
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("shm", "/work/tmp"),  # sem_open(3) and shm_open(3) make files there
+    ):
+        os.symlink(link, f"{SYSROOT}/dev/{name}")
     folders = [(f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS]
     for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *folders):
         os.mkdir(f"{SYSROOT}/{name}")

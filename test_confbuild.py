@@ -14147,7 +14147,7 @@ class TestPrograms:
             ("echo 'error: cause' >&2; echo help >&2; exit 1", "UnsupportedToolchainError", "failed: error: cause"),
             ("exit 3", "UnsupportedToolchainError", "--version` failed: exit status 3, expected one line of text"),
             ("", "UnsupportedToolchainError", "--version` failed: exit status 0, expected one line of text"),
-            ("printf 'cargo \\033[31m1'", "UnsupportedToolchainError", "--version` failed: exit status 0, expected"),
+            ("printf 'cargo \\033[2J1'", "UnsupportedToolchainError", "--version` failed: exit status 0, expected"),
             ("printf 'cargo \\0001'", "UnsupportedToolchainError", "--version` failed: exit status 0, expected"),
             ("yes", "LimitError", "printed more than 65536 bytes"),
             ("kill -9 $$", "UnsupportedToolchainError", "--version` failed: exit status -9, expected one line"),
@@ -14163,6 +14163,11 @@ class TestPrograms:
     def test_the_version_is_the_first_line(self, tmp_path: Path) -> None:
         script(tmp_path / "nix", "pwd; echo nix\n")
         assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path)).version == str(tmp_path)
+
+    def test_colours_are_no_part_of_a_version(self, tmp_path: Path) -> None:
+        """Maven 3.8 prints them to pipes, too."""
+        script(tmp_path / "mvn", "printf '\\033[1mApache Maven 3.8.7\\033[m\\nx\\n'; printf '\\033[0m' >&2\n")
+        assert confbuild.find_program("mvn", str(tmp_path), on_path(tmp_path)).version == "Apache Maven 3.8.7"
 
 
 class TestOutsideInfluence:
@@ -17282,6 +17287,7 @@ class TestBuildEnvironment:
         }
         own = {"HOME": "/w/home", "TMPDIR": "/w/tmp", "CARGO_HOME": "/w/cargo"}
         own |= {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}  # whatever the server's are
+        own["JAVA_TOOL_OPTIONS"] = "-Duser.home='/w/home'"  # Java does not ask HOME
         expected = {
             "PATH": "/bin",
             "NIX_CONF_DIR": "/n",
@@ -17359,6 +17365,9 @@ class TestBuildLog:
             ("a.c:3:5: warning: error is unused", ""),
             ("src/a.ts(3,5): error TS2304: x", "src/a.ts(3,5): error TS2304: x"),
             ("src/a.ts:3:5 - error TS2304: x", "src/a.ts:3:5 - error TS2304: x"),
+            ("error TS5023: Unknown compiler option 'x'.", "error TS5023: Unknown compiler option 'x'."),
+            ("packages/a build: src/a.ts(3,5): error TS2304: x", "packages/a build: src/a.ts(3,5): error TS2304: x"),
+            (".../@x+a@1.0.0/node_modules/@x/a postinstall: Error: x",) * 2,
             ("make: *** No rule to make target 'x'.  Stop.", "make: *** No rule to make target 'x'.  Stop."),
             ("make[1]: *** [Makefile:3: x] Error 1", "make[1]: *** [Makefile:3: x] Error 1"),
             ("go: no module dependencies to download", ""),
@@ -17736,6 +17745,7 @@ artifacts = ["o"]
         names = [*confbuild.ALLOWED_ENVIRONMENT, "SECRET", "LANG", "TZ", "USER", "HOME", "TMPDIR", "CARGO_HOME"]
         environ = dict.fromkeys(names, "theirs") | {"http_proxy": "http://h:1", "HTTPS_PROXY": "http://u:p@h"}
         own = {"HOME": "/w/home", "TMPDIR": "/w/tmp", "CARGO_HOME": "/w/cargo"}
+        own["JAVA_TOOL_OPTIONS"] = "-Duser.home='/w/home'"
         fixed = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
         passed = {name: environ[name] for name in confbuild.ALLOWED_ENVIRONMENT if name != "HTTPS_PROXY"}
         assert confbuild.build_environment("/w", environ, []) == passed | fixed | own
@@ -18429,6 +18439,30 @@ class TestRealPnpm:
 
 
 class TestRealNpm:
+    @needs("npm")
+    def test_headers_of_node(self, tmp_path: Path) -> None:
+        """A native addon is compiled without a network, so node-gyp must find the headers that came with node."""
+        node = Path(shutil.which("node") or "").resolve()
+        link = tmp_path / "node/bin/node"
+        lock = json.dumps({"lockfileVersion": 3, "packages": {"": {"name": "demo", "version": "1.0.0"}}})
+        package = json.dumps({"name": "demo", "version": "1.0.0"})
+        demo = write_files(tmp_path / "demo", {"package.json": package, "package-lock.json": lock})
+        write_files(tmp_path / "node", {"bin/x": "", "include/x": ""})
+        shutil.copy(node, link)
+        (tmp_path / "home").mkdir()
+        path = on_path(link.parent)["PATH"]
+
+        def directory(*extra: str) -> Any:
+            environ = {**os.environ, "PATH": path, "npm_config_nodedir": "/theirs"}
+            env = confbuild.build_environment(str(tmp_path), environ, extra)
+            plan = confbuild.prepare(confbuild.detect_toolchains(str(demo), "npm")[0], str(demo), "", env)
+            return confbuild.evaluate_npm(plan, str(demo), "").env.get("npm_config_nodedir")
+
+        assert directory() is None
+        (tmp_path / "node/include/node").mkdir()
+        assert directory() == str(tmp_path / "node")
+        assert directory("npm_config_nodedir") == "/theirs"
+
     @needs("npm")
     def test_a_project(self, tmp_path: Path) -> None:
         """A local dependency and its script, a script of the project, and the build: none of them has a network."""
@@ -24540,7 +24574,8 @@ class TestAgent:
         "import os, socket, sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
         "confbuild.WORK = sys.argv[3]\nprint(confbuild.show_workspace(sys.argv[2], sys.argv[4:]), os.getcwd())\n"
         "print(socket.gethostname(), sorted(os.listdir('.')))\n"
-        "print(os.path.exists('/usr'), os.access('/proc/self/stat', os.R_OK), os.path.isdir(sys.argv[2]))"
+        "print(os.path.exists('/usr'), os.access('/proc/self/stat', os.R_OK), os.path.isdir(sys.argv[2]))\n"
+        "print(os.path.exists('tmp') and os.path.samefile('/dev/shm', 'tmp'))"
     )
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has namespaces")
@@ -24569,6 +24604,7 @@ class TestAgent:
             "/confbuild-test /confbuild-test",
             "localhost ['file', 'tmp']",
             "True True True",
+            "True",
         ] and not os.path.exists("/confbuild-test")
         assert os.listdir(tmp_path / "vm/tmp") == []
 
@@ -25291,7 +25327,9 @@ for path in (state, f"{state}/jobs", agent, up, tempfile.gettempdir() + "/../.."
 attempt("write the log", lambda: open(log, "ab"))
 attempt("truncate the log", lambda: os.truncate(log, 0))
 attempt("remove the log", lambda: os.unlink(log))
-attempt("write in /dev/shm", lambda: open("/dev/shm/planted", "w"))
+own_memory = os.path.samefile("/dev/shm", os.environ["TMPDIR"])
+if not own_memory:  # without namespaces
+    attempt("write in /dev/shm", lambda: open("/dev/shm/planted", "w"))
 attempt("write in /tmp", lambda: open("/tmp/planted", "w"))
 attempt("change the kernel", lambda: open("/proc/sys/kernel/core_pattern", "r+"))
 attempt("make a device", lambda: os.mknod("device", 0o600 | 0o20000, os.makedev(1, 3)))
@@ -25351,6 +25389,8 @@ attempt("list /usr", lambda: os.listdir("/usr"), True)
 attempt("move between folders", lambda: os.rename(os.environ["TMPDIR"] + "/file", os.environ["HOME"] + "/other"), True)
 attempt("link between folders", lambda: os.link("file", os.environ["HOME"] + "/linked"), True)
 attempt("a pair of sockets", socket.socketpair, True)
+if own_memory:
+    attempt("shared memory", lambda: open("/dev/shm/planted", "w"), True)
 attempt("a port of its own", own_port, True)
 attempt("a process of its own", own_child, True)
 attempt("a shell", lambda: subprocess.run(["sh", "-c", "cd / && echo x | cat > /dev/null"], check=True), True)
@@ -25438,6 +25478,7 @@ class TestSandboxedBuilds:
         )
         assert len(attacks) > 70 and {name: what for name, what in attacks.items() if what not in REFUSALS} == {}
         assert {name: what for name, what in needed.items() if what} == {}
+        assert not os.path.exists("/dev/shm/planted")
         assert {path: path.read_bytes() for path in before} == before
 
     @needs_sandbox
