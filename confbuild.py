@@ -5187,8 +5187,8 @@ def _enter_namespaces(workspace: str) -> None:
         elif entry.is_dir() and entry.path != WORK:
             mount("", root + entry.path, _MS_BIND | _MS_REC, "", entry.path)
     mount("", root + WORK, _MS_BIND, "", workspace)
-    if isdir(root + "/dev/shm"):  # sem_open(3) and shm_open(3) make files there
-        mount("", root + "/dev/shm", _MS_BIND, "", f"{root}{WORK}/tmp")
+    if isdir(f"{root}/dev/shm"):  # sem_open(3) and shm_open(3) make files there
+        mount("", f"{root}/dev/shm", _MS_BIND, "", f"{root}{WORK}/tmp")
     os.chdir(root)
     mount("", "/", _MS_MOVE, "", ".")
     os.chroot(".")
@@ -7230,10 +7230,8 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
 
 def refuse_outside_influence(project: str) -> None:
     """Raise BuildFailed SourceError if a file in a folder above project would change the build.  [CONTRACT 2.2]"""
-    folder = realpath(project)
-    while folder != dirname(folder):
-        folder = dirname(folder)
-        for path in (join(folder, name) for name in _OUTSIDE):
+    for folder in _with_above(dirname(realpath(project))[1:]):
+        for path in (join("/", folder, name) for name in _OUTSIDE):
             if lexists(path):
                 raise source_error(f"{path} is outside of the source and would change the build")
 
@@ -7748,8 +7746,12 @@ def adapt_npm(project: str) -> Json:
     with _parsing("package.json"):
         scripts = dict(json.loads(read_lockfile(join(project, "package.json")) or b"{}").get("scripts", {}))
     builds = "build" in scripts
-    steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * (builds and "prepare" in scripts)]
-    steps.append("npm run build" if builds else "npm pack")
+    steps = [
+        "npm ci --ignore-scripts",
+        "npm rebuild",
+        *["npm run prepare"] * (builds and "prepare" in scripts),
+        "npm run build" if builds else "npm pack",
+    ]
     return {
         "steps": [*map(str.split, steps)],
         "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds),
@@ -8482,15 +8484,17 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
     """
     passed = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
     rustup = join(environ.get("HOME") or os.path.expanduser("~"), ".rustup")  # from passwd(5)
-    own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
+    home, tmpdir, cargo_home = (join(workspace, folder) for folder in BUILD_FOLDERS)
     return {
         "PATH": os.defpath,
         **FIXED_ENVIRONMENT,
-        "JAVA_TOOL_OPTIONS": f"-Duser.home='{join(workspace, 'home')}'",  # otherwise from passwd(5)
+        "JAVA_TOOL_OPTIONS": f"-Duser.home='{home}'",  # otherwise from passwd(5)
         **({"RUSTUP_HOME": rustup} if isdir(rustup) else {}),
         # The URL of a proxy may contain a password.
         **{k: v for k, v in passed.items() if k in extra or "@" not in v or not k.lower().endswith("_proxy")},
-        **{name: join(workspace, folder) for name, folder in own},
+        "HOME": home,
+        "TMPDIR": tmpdir,
+        "CARGO_HOME": cargo_home,
     }
 
 
@@ -8508,20 +8512,18 @@ _CAUSE = r"""(?mx)
     """
 
 
-# Each cause that a toolchain prints has one of these words; searching a line for one takes 0.05 µs. "": the others.
-_CAUSE_WORDS = {"cargo": ["error"], "nix": ["error"], "go": ["go:"], "": ["rror", "ERR", "go:", "***"]}
+# Each cause has one of these words; searching a line for one takes 0.05 µs.
+_CAUSE_WORDS = "rror ERR go: ***".split()
 
 
 class BuildLog:
     """Passes the lines of a build on to emit, and hashes them as UTF-8, each followed by LF.  [CONTRACT 3.7]
 
     cause: the first line that has the form of an error, or "".  Later errors usually follow from it.
-    toolchain: the name of the one that prints the lines.
     """
 
-    def __init__(self, emit: Emit, toolchain: str = "") -> None:
+    def __init__(self, emit: Emit) -> None:
         self.cause = ""
-        self._words = _CAUSE_WORDS.get(toolchain, _CAUSE_WORDS[""])
         self._emit = emit
         self._digest = hashlib.sha256()
 
@@ -8529,7 +8531,7 @@ class BuildLog:
         """Emit lines as events of the phase `build`."""
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
-        if not self.cause and any(word in text for word in self._words):
+        if not self.cause and any(word in text for word in _CAUSE_WORDS):
             match = re.search(_CAUSE, without_colours(text))
             self.cause = match[0].strip() if match else ""
         if lines:
@@ -8580,7 +8582,7 @@ def run_pipeline(
     env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
     plan = _choose(found, root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
-    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit, plan.name)
+    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit)
     with _cached_crates(plan, cache, own, emit):
         network, stdout = _run_steps(plan, project, log)
     emit("provenance", ["Generating provenance"])
@@ -8781,13 +8783,13 @@ def _conditions(root: str, env: Strings) -> dict[str, str]:
     system, _, release, _, machine = os.uname()
     text = read_limited("/proc/cpuinfo", 64 * MIB) if exists("/proc/cpuinfo") else b""
     cpu = {machine.encode(), *re.findall(rb"(?m)^(?:model name|CPU part|flags|Features)\s*: (.*)", text)}
-    found = {
-        "build_path": os.fsencode(root),
-        "build_environment": b"\0".join(sorted(os.fsencode(f"{name}={value}") for name, value in env.items())),
-        "build_kernel": f"{system} {release}".encode(),
-        "build_cpu": b"\n".join(sorted(cpu)),
+    variables = sorted(os.fsencode(f"{name}={value}") for name, value in env.items())
+    return {
+        "build_path": sha256_hex(os.fsencode(root)),
+        "build_environment": sha256_hex(b"\0".join(variables)),
+        "build_kernel": sha256_hex(f"{system} {release}".encode()),
+        "build_cpu": sha256_hex(b"\n".join(sorted(cpu))),
     }
-    return {name: sha256_hex(value) for name, value in found.items()}
 
 
 def _take_artifacts(found: Artifacts, folder: str) -> dict[str, str]:
