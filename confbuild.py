@@ -4860,7 +4860,8 @@ _OF_FILES = 0b1100_0000_0000_0111  # the rights that also apply to files
 _NOT_IN_WORKSPACE = 0b1000_1000_0100_0000
 # linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
-_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER = 0x00020000, 0x04000000, 0x10000000  # linux/sched.h
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000  # linux/sched.h
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MS_BIND, _MS_MOVE, _MS_REC, _MS_UNBINDABLE, _MS_SLAVE = 0x1000, 0x2000, 0x4000, 0x20000, 0x80000  # sys/mount.h
 # fmt: off
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
@@ -5172,7 +5173,8 @@ def _enter_namespaces(workspace: str) -> None:
     [mount_namespaces(7), user_namespaces(7)]
     """
     user, group, root = os.geteuid(), os.getegid(), join(workspace, "tmp")
-    system_call("unshare", _CLONE_NEWNS | _CLONE_NEWUTS | (_CLONE_NEWUSER if user else 0))
+    # System V's shared memory would outlive its processes.
+    system_call("unshare", _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | (_CLONE_NEWUSER if user else 0))
     for name, text in (("uid_map", f"{user} {user} 1"), ("setgroups", "deny"), ("gid_map", f"{group} {group} 1")):
         if user:  # root has the right to mount
             with open(f"/proc/self/{name}", "w", encoding="ascii") as f:
@@ -15584,7 +15586,6 @@ def qemu_vms(guest: Guest, config: Json, folder: str = "") -> VmKind:
 AGENT_UID, BUILD_UID = 1000, 1001
 SYSROOT = "/sysroot"
 _BROKER = "/run/broker/socket"  # below SYSROOT
-_CLONE_NEWIPC, _CLONE_NEWNET = 0x08000000, 0x40000000  # linux/sched.h
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C  # linux/sockios.h
 _IFF_UP = 1  # linux/if.h
 MAX_PROCESSES = 4096  # of a build

@@ -24573,7 +24573,7 @@ class TestAgent:
         "confbuild.WORK = sys.argv[3]\nprint(confbuild.show_workspace(sys.argv[2], sys.argv[4:]), os.getcwd())\n"
         "print(socket.gethostname(), sorted(os.listdir('.')))\n"
         "print(os.path.exists('/usr'), os.access('/proc/self/stat', os.R_OK), os.path.isdir(sys.argv[2]))\n"
-        "print(os.path.exists('tmp') and os.path.samefile('/dev/shm', 'tmp'))"
+        "print(os.path.exists('tmp') and os.path.samefile('/dev/shm', 'tmp'), os.readlink('/proc/self/ns/ipc'))"
     )
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has namespaces")
@@ -24602,9 +24602,11 @@ class TestAgent:
             "/confbuild-test /confbuild-test",
             "localhost ['file', 'tmp']",
             "True True True",
-            "True",
+            found[3],
         ] and not os.path.exists("/confbuild-test")
         assert os.listdir(tmp_path / "vm/tmp") == []
+        own_memory, ipc = found[3].split()  # POSIX's lies in the workspace; System V's ends with the build
+        assert own_memory == "True" and ipc != os.readlink("/proc/self/ns/ipc")
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
     def test_what_starts_before_the_sweep(self, tmp_path: Path) -> None:
