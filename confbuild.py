@@ -6901,7 +6901,8 @@ _OUTSIDE = """
     pnpm-workspace.yaml .npmrc node_modules
 """.split()
 _OWN_OUTPUT = ".confbuild"  # folder of a project for what go and npm build
-_VERSION_OPTIONS = {"go": ("version",), "sh": ("-c", "echo sh")}  # instead of --version
+# Instead of --version.
+_VERSION_OPTIONS = {"sh": ["-c", "echo sh"], **dict.fromkeys("go helm hugo openssl zig".split(), ["version"])}
 _MAX_LOCKFILE = 64 * MIB
 _NOT_SENT = (
     "is not part of what was sent; "

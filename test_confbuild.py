@@ -14164,6 +14164,11 @@ class TestPrograms:
         script(tmp_path / "nix", "pwd; echo nix\n")
         assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path)).version == str(tmp_path)
 
+    def test_programs_without_the_option_version(self, tmp_path: Path) -> None:
+        for name in ("zig", "openssl"):
+            script(tmp_path / name, '[ "$*" = version ] && echo 0.13.0\n')
+            assert confbuild.find_program(name, str(tmp_path), on_path(tmp_path)).version == "0.13.0"
+
     def test_colours_are_no_part_of_a_version(self, tmp_path: Path) -> None:
         """Maven 3.8 prints them to pipes, too."""
         script(tmp_path / "mvn", "printf '\\033[1mApache Maven 3.8.7\\033[m\\nx\\n'; printf '\\033[0m' >&2\n")
