@@ -6939,8 +6939,7 @@ class Toolchain(NamedTuple):
     collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
         each artifact, sorted by name. A directory is packed. Not called if there are patterns.
     adapt: called with a project; returns those of the other fields that depend on it.
-    evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
-        is missing, the next toolchain whose marker exists builds the project.
+    evaluate: completes a plan with its programs; also called with the source and the folder.
     env: added to the environment of the build; {project} stands for its path, {home} for HOME, and the name of a tool
         for that Program. A v that a value begins with is left out: node prints v20.1.0, and pnpm calls it 20.1.0.
     fetches: how many of the steps need a network; 0 if all may use it.
@@ -6949,7 +6948,8 @@ class Toolchain(NamedTuple):
     artifacts: patterns of the files that are the artifacts.
     build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
-        environment variable -> default.
+        environment variable -> default. If such a toolchain is missing or its evaluation fails, the next one whose
+        marker exists builds the project.
     locate: the command that prints the folder of the lock file that the tool reads, or a file in it; empty if that is
         certain.
     lock: the contents of lock_file.
@@ -8651,7 +8651,7 @@ def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, em
             _remove_outputs(toolchain, join(root, folder))
             return prepare(toolchain, root, folder, env, emit)
         except BuildFailed as e:
-            if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
+            if toolchain is found[-1] or not toolchain.store or e.error_type in ("LimitError", "ProvenanceError"):
                 raise BuildFailed(e.error_type, f"{e}{markers}") from None
             emit("init", [f"Trying the next toolchain, since {toolchain.name} cannot build this: {e}"])
     raise ValueError("there is at least one toolchain")

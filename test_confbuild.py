@@ -17883,6 +17883,16 @@ artifacts = ["o"]
         error = "cargo is not installed on the builder (found flake.nix, Cargo.lock)"
         assert failure(lambda: choose("/nonexistent")) == ("UnsupportedToolchainError", error) and told == said
 
+    def test_only_nix_has_a_next_one(self, tmp_path: Path) -> None:
+        """What else cannot build a project fails. [CONTRACT 2.1]"""
+        demo = str(write_files(tmp_path, {"package-lock.json": '{"lockfileVersion": 1}', "go.mod": "module x\n"}))
+        found, told = confbuild.detect_toolchains(demo), list[str]()
+        kind, message = failure(
+            lambda: confbuild._choose(found, demo, "", {"PATH": "/nonexistent"}, lambda _, lines: told.extend(lines))
+        )
+        assert kind == "SourceError" and message.endswith("of npm 7 (found package-lock.json, go.mod)")
+        assert told == ["Building with npm (found package-lock.json, go.mod)"]
+
     def test_a_folder_and_chosen_artifacts(self, tmp_path: Path, stub_path: str) -> None:
         """[CONTRACT 2.1]"""
         build = QUICK + "echo so > target/release/libdemo.so; echo 1 > other.txt"
