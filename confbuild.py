@@ -7112,18 +7112,15 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     near += [f"{row.marker}: a link, expected a file" for row in every if islink(join(project, row.marker))]
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if is_regular(join(project, file))]
     below = [path for path in match_files(project, "*/*") if basename(path) in [row.marker for row in TOOLCHAINS]]
-    near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
+    near += [f"{path}: --subdir {join(folder, dirname(path))} builds it" for path in below[:3]]
     message = f"the project has none of {', '.join(row.marker for row in rows)}; found " + (
         "; ".join(near) or "no file that one of these can be made from"
     )
     failure = BuildFailed("UnsupportedToolchainError", message)
-    for path in (
-        normpath(join(project, folder))
-        for folder in ("../../../..", "../../..", "../..", "..", *map(dirname, reversed(below)))
-    ):
+    for path in (normpath(join(project, above)) for above in ("../../../..", "../../..", "../..", "..")):
         if with_marker(TOOLCHAINS, path):  # the last one counts
             inside = relpath(project, path)
-            inner = ["--subdir", inside] * (inside[0] != "." and with_marker(_find_rows(path, inside), project) != [])
+            inner = ["--subdir", inside] * (with_marker(_find_rows(path, inside), project) != [])
             failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
 
@@ -7739,6 +7736,12 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     return [found[uri] for uri in sorted(found)]
 
 
+def _add_headers(plan: Toolchain, root: str, folder: str) -> Toolchain:
+    """Return plan with the headers of node, if it has any: native addons are compiled without a network."""
+    prefix = dirname(dirname(realpath(plan.programs["node"].path)))
+    return plan._replace(env={"npm_config_nodedir": prefix, **plan.env}) if isdir(f"{prefix}/include/node") else plan
+
+
 def adapt_npm(project: str) -> Json:
     """Return the steps `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
 
@@ -7760,13 +7763,8 @@ def adapt_npm(project: str) -> Json:
         "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds),
         "lock_file": "npm-shrinkwrap.json" if isfile(join(project, "npm-shrinkwrap.json")) else "package-lock.json",
         "artifacts": [*["dist"] * builds, f"{_OWN_OUTPUT}/*.tgz"],
+        "evaluate": _add_headers,
     }
-
-
-def evaluate_npm(plan: Toolchain, root: str, folder: str) -> Toolchain:
-    """Return plan with the headers of node, if it has any: native addons are compiled without a network."""
-    prefix = dirname(dirname(realpath(plan.programs["node"].path)))
-    return plan._replace(env={"npm_config_nodedir": prefix, **plan.env}) if isdir(f"{prefix}/include/node") else plan
 
 
 def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
@@ -7972,7 +7970,6 @@ TOOLCHAINS = (
             + "CI=true COREPACK_ROOT={home} pnpm_config_pm_on_fail=ignore XDG_RUNTIME_DIR={home}"),
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
-        evaluate=evaluate_npm,
         # The last three: whatever the project's .npmrc says, it installs, and here.
         env=_variables(f"""
             CI=true npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false

@@ -13971,7 +13971,7 @@ class TestDetect:
             (
                 {"a/Cargo.lock": "", "b/go.mod": "", "c/Cargo.toml": ""},
                 "a/Cargo.lock: --subdir a builds it; b/go.mod: --subdir b builds it",
-                "`confbuild build @/a` builds what is there",
+                "",  # a alone may lack what lies beside it
             ),
             # A member of a workspace.
             (
@@ -13997,7 +13997,13 @@ class TestDetect:
         with pytest.raises(confbuild.BuildFailed) as caught:
             confbuild.detect_toolchains(str(folder))
         assert str(caught.value) == NO_MARKER + found
-        assert caught.value.hint == hint.replace("@@", str(tmp_path / "x")).replace("@", str(folder))
+        assert caught.value.hint == hint.replace("@@", str(tmp_path / "x"))
+
+    def test_what_lies_below_a_folder_of_a_source(self, tmp_path: Path) -> None:
+        """--subdir names a folder of the source, not of the folder that was chosen."""
+        write_files(tmp_path, {"x/app/go.mod": ""})
+        _, message = failure(lambda: confbuild.detect_toolchains(str(tmp_path), "", "x"))
+        assert message == NO_MARKER + "app/go.mod: --subdir x/app builds it"
 
 
 # As rustup: what it stands for depends on the directory in which it is asked.
@@ -18469,7 +18475,7 @@ class TestRealNpm:
             environ = {**os.environ, "PATH": path, "npm_config_nodedir": "/theirs"}
             env = confbuild.build_environment(str(tmp_path), environ, extra)
             plan = confbuild.prepare(confbuild.detect_toolchains(str(demo), "npm")[0], str(demo), "", env)
-            return confbuild.evaluate_npm(plan, str(demo), "").env.get("npm_config_nodedir")
+            return plan.env.get("npm_config_nodedir")
 
         assert directory() is None
         (tmp_path / "node/include/node").mkdir()
