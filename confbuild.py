@@ -4872,7 +4872,8 @@ _OF_FILES = 0b1100_0000_0000_0111  # the rights that also apply to files
 _NOT_IN_WORKSPACE = 0b1000_1000_0100_0000
 # linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
-_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER = 0x00020000, 0x04000000, 0x10000000  # linux/sched.h
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000  # linux/sched.h
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MS_BIND, _MS_MOVE, _MS_REC, _MS_UNBINDABLE, _MS_SLAVE = 0x1000, 0x2000, 0x4000, 0x20000, 0x80000  # sys/mount.h
 # fmt: off
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
@@ -5186,7 +5187,8 @@ def _enter_namespaces(workspace: str) -> None:
     [mount_namespaces(7), user_namespaces(7)]
     """
     user, group, root = os.geteuid(), os.getegid(), join(workspace, "tmp")
-    system_call("unshare", _CLONE_NEWNS | _CLONE_NEWUTS | (_CLONE_NEWUSER if user else 0))
+    # System V's shared memory would outlive its processes.
+    system_call("unshare", _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | (_CLONE_NEWUSER if user else 0))
     for name, text in (("uid_map", f"{user} {user} 1"), ("setgroups", "deny"), ("gid_map", f"{group} {group} 1")):
         if user:  # root has the right to mount
             with open(f"/proc/self/{name}", "w", encoding="ascii") as f:
@@ -5201,6 +5203,8 @@ def _enter_namespaces(workspace: str) -> None:
         elif entry.is_dir() and entry.path != WORK:
             mount("", root + entry.path, _MS_BIND | _MS_REC, "", entry.path)
     mount("", root + WORK, _MS_BIND, "", workspace)
+    if isdir(f"{root}/dev/shm"):  # sem_open(3) and shm_open(3) make files there
+        mount("", f"{root}/dev/shm", _MS_BIND, "", f"{root}{WORK}/tmp")
     os.chdir(root)
     mount("", "/", _MS_MOVE, "", ".")
     os.chroot(".")
@@ -6913,7 +6917,8 @@ _OUTSIDE = """
     pnpm-workspace.yaml .npmrc node_modules
 """.split()
 _OWN_OUTPUT = ".confbuild"  # folder of a project for what go and npm build
-_VERSION_OPTIONS = {"go": ("version",), "sh": ("-c", "echo sh")}  # instead of --version
+# Instead of --version.
+_VERSION_OPTIONS = {"sh": ["-c", "echo sh"], **dict.fromkeys("go helm hugo openssl zig".split(), ["version"])}
 _MAX_LOCKFILE = 64 * MIB
 _NOT_SENT = (
     "is not part of what was sent; "
@@ -6950,8 +6955,7 @@ class Toolchain(NamedTuple):
     collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
         each artifact, sorted by name. A directory is packed. Not called if there are patterns.
     adapt: called with a project; returns those of the other fields that depend on it.
-    evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
-        is missing, the next toolchain whose marker exists builds the project.
+    evaluate: completes a plan with its programs; also called with the source and the folder.
     env: added to the environment of the build; {project} stands for its path, {home} for HOME, and the name of a tool
         for that Program. A v that a value begins with is left out: node prints v20.1.0, and pnpm calls it 20.1.0.
     fetches: how many of the steps need a network; 0 if all may use it.
@@ -6960,7 +6964,8 @@ class Toolchain(NamedTuple):
     artifacts: patterns of the files that are the artifacts.
     build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
-        environment variable -> default.
+        environment variable -> default. If such a toolchain is missing or its evaluation fails, the next one whose
+        marker exists builds the project.
     locate: the command that prints the folder of the lock file that the tool reads, or a file in it; empty if that is
         certain.
     lock: the contents of lock_file.
@@ -7123,18 +7128,15 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     near += [f"{row.marker}: a link, expected a file" for row in every if islink(join(project, row.marker))]
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if is_regular(join(project, file))]
     below = [path for path in match_files(project, "*/*") if basename(path) in [row.marker for row in TOOLCHAINS]]
-    near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
+    near += [f"{path}: --subdir {join(folder, dirname(path))} builds it" for path in below[:3]]
     message = f"the project has none of {', '.join(row.marker for row in rows)}; found " + (
         "; ".join(near) or "no file that one of these can be made from"
     )
     failure = BuildFailed("UnsupportedToolchainError", message)
-    for path in (
-        normpath(join(project, folder))
-        for folder in ("../../../..", "../../..", "../..", "..", *map(dirname, reversed(below)))
-    ):
+    for path in (normpath(join(project, above)) for above in ("../../../..", "../../..", "../..", "..")):
         if with_marker(TOOLCHAINS, path):  # the last one counts
             inside = relpath(project, path)
-            inner = ["--subdir", inside] * (inside[0] != "." and with_marker(_find_rows(path, inside), project) != [])
+            inner = ["--subdir", inside] * (with_marker(_find_rows(path, inside), project) != [])
             failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
 
@@ -7188,6 +7190,11 @@ def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings, emit: Em
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
+def without_colours(text: str) -> str:
+    """Return text without the sequences that set colours; some programs print them to pipes, too."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 def find_program(name: str, project: str, env: Strings, emit: Emit) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
@@ -7202,7 +7209,7 @@ def find_program(name: str, project: str, env: Strings, emit: Emit) -> Program:
         except OSError as e:
             advice = "; --readable DIR lets builds read its folder" * (e.errno == errno.EACCES)
             raise BuildFailed("UnsupportedToolchainError", f"cannot run {argv[0]}: {e.strerror}{advice}") from None
-        line = output.decode("utf-8", "replace").strip().partition("\n")[0]
+        line = without_colours(output.decode("utf-8", "replace")).strip().partition("\n")[0]
         if status == 0 and line.isprintable() and line:
             return line
         lines = errors.splitlines() or [f"exit status {status}, expected one line of text"]
@@ -7239,10 +7246,8 @@ def find_program(name: str, project: str, env: Strings, emit: Emit) -> Program:
 
 def refuse_outside_influence(project: str) -> None:
     """Raise BuildFailed SourceError if a file in a folder above project would change the build.  [CONTRACT 2.2]"""
-    folder = realpath(project)
-    while folder != dirname(folder):
-        folder = dirname(folder)
-        for path in (join(folder, name) for name in _OUTSIDE):
+    for folder in _with_above(dirname(realpath(project))[1:]):
+        for path in (join("/", folder, name) for name in _OUTSIDE):
             if lexists(path):
                 raise source_error(f"{path} is outside of the source and would change the build")
 
@@ -7767,6 +7772,12 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "", _: str = "") -> 
     return [found[uri] for uri in sorted(found)]
 
 
+def _add_headers(plan: Toolchain, root: str, folder: str) -> Toolchain:
+    """Return plan with the headers of node, if it has any: native addons are compiled without a network."""
+    prefix = dirname(dirname(realpath(plan.programs["node"].path)))
+    return plan._replace(env={"npm_config_nodedir": prefix, **plan.env}) if isdir(f"{prefix}/include/node") else plan
+
+
 def adapt_npm(project: str) -> Json:
     """Return the steps `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
 
@@ -7777,13 +7788,18 @@ def adapt_npm(project: str) -> Json:
     with _parsing("package.json"):
         scripts = dict(json.loads(read_lockfile(join(project, "package.json")) or b"{}").get("scripts", {}))
     builds = "build" in scripts
-    steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * (builds and "prepare" in scripts)]
-    steps.append("npm run build" if builds else "npm pack")
+    steps = [
+        "npm ci --ignore-scripts",
+        "npm rebuild",
+        *["npm run prepare"] * (builds and "prepare" in scripts),
+        "npm run build" if builds else "npm pack",
+    ]
     return {
         "steps": [*map(str.split, steps)],
         "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds),
         "lock_file": "npm-shrinkwrap.json" if isfile(join(project, "npm-shrinkwrap.json")) else "package-lock.json",
         "artifacts": [*["dist"] * builds, f"{_OWN_OUTPUT}/*.tgz"],
+        "evaluate": _add_headers,
     }
 
 
@@ -8505,21 +8521,24 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
     """
     passed = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
     rustup = join(environ.get("HOME") or os.path.expanduser("~"), ".rustup")  # from passwd(5)
-    own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
+    home, tmpdir, cargo_home = (join(workspace, folder) for folder in BUILD_FOLDERS)
     return {
         "PATH": os.defpath,
         **FIXED_ENVIRONMENT,
+        "JAVA_TOOL_OPTIONS": f"-Duser.home='{home}'",  # otherwise from passwd(5)
         **({"RUSTUP_HOME": rustup} if isdir(rustup) else {}),
         # The URL of a proxy may contain a password.
         **{k: v for k, v in passed.items() if k in extra or "@" not in v or not k.lower().endswith("_proxy")},
-        **{name: join(workspace, folder) for name, folder in own},
+        "HOME": home,
+        "TMPDIR": tmpdir,
+        "CARGO_HOME": cargo_home,
     }
 
 
 # The first line of an error.
 _CAUSE = r"""(?mx)
-    ^[ \t\u2009]* (
-        error(\[\w+\])?:              # cargo and rustc, rustup, nix
+    ^[ \t\u2009]* ([\w./@+-]+[ ]\w+:[ ])? (       # pnpm begins lines of a package with its folder and its script
+        error(\[\w+\]|\ TS\d+)?:      # cargo and rustc, rustup, nix, TypeScript
         | npm\ error\ (?!code|errno|syscall|path|Lifecycle|workspace|location|command\ failed)
         | \[?ERR_PNPM_ | ERROR[ ]{2} | \[ERROR\]
         | \w*Error(\ \[\w+\])?:\     # JavaScript and Python
@@ -8530,20 +8549,18 @@ _CAUSE = r"""(?mx)
     """
 
 
-# Each cause that a toolchain prints has one of these words; searching a line for one takes 0.05 µs. "": the others.
-_CAUSE_WORDS = {"cargo": ["error"], "nix": ["error"], "go": ["go:"], "": ["rror", "ERR", "go:", "***"]}
+# Each cause has one of these words; searching a line for one takes 0.05 µs.
+_CAUSE_WORDS = "rror ERR go: ***".split()
 
 
 class BuildLog:
     """Passes the lines of a build on to emit, and hashes them as UTF-8, each followed by LF.  [CONTRACT 3.7]
 
     cause: the first line that has the form of an error, or "".  Later errors usually follow from it.
-    toolchain: the name of the one that prints the lines.
     """
 
-    def __init__(self, emit: Emit, toolchain: str = "") -> None:
+    def __init__(self, emit: Emit) -> None:
         self.cause = ""
-        self._words = _CAUSE_WORDS.get(toolchain, _CAUSE_WORDS[""])
         self._emit = emit
         self._digest = hashlib.sha256()
 
@@ -8551,8 +8568,8 @@ class BuildLog:
         """Emit lines as events of the phase `build`."""
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
-        if not self.cause and any(word in text for word in self._words):
-            match = re.search(_CAUSE, re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
+        if not self.cause and any(word in text for word in _CAUSE_WORDS):
+            match = re.search(_CAUSE, without_colours(text))
             self.cause = match[0].strip() if match else ""
         if lines:
             self._emit("build", lines)
@@ -8602,7 +8619,7 @@ def run_pipeline(
     env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
     plan = _choose(found, root, folder, env, emit, source["digest"]["gitCommit"])
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
-    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit, plan.name)
+    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit)
     with _cached_crates(plan, cache, own, emit):
         network, stdout = _run_steps(plan, project, log)
     emit("provenance", ["Generating provenance"])
@@ -8668,7 +8685,7 @@ def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, em
             _remove_outputs(toolchain, join(root, folder))
             return prepare(toolchain, root, folder, env, emit, commit)
         except BuildFailed as e:
-            if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
+            if toolchain is found[-1] or not toolchain.store or e.error_type in ("LimitError", "ProvenanceError"):
                 raise BuildFailed(e.error_type, f"{e}{markers}") from None
             emit("init", [f"Trying the next toolchain, since {toolchain.name} cannot build this: {e}"])
     raise ValueError("there is at least one toolchain")
@@ -8803,13 +8820,13 @@ def _conditions(root: str, env: Strings) -> dict[str, str]:
     system, _, release, _, machine = os.uname()
     text = read_limited("/proc/cpuinfo", 64 * MIB) if exists("/proc/cpuinfo") else b""
     cpu = {machine.encode(), *re.findall(rb"(?m)^(?:model name|CPU part|flags|Features)\s*: (.*)", text)}
-    found = {
-        "build_path": os.fsencode(root),
-        "build_environment": b"\0".join(sorted(os.fsencode(f"{name}={value}") for name, value in env.items())),
-        "build_kernel": f"{system} {release}".encode(),
-        "build_cpu": b"\n".join(sorted(cpu)),
+    variables = sorted(os.fsencode(f"{name}={value}") for name, value in env.items())
+    return {
+        "build_path": sha256_hex(os.fsencode(root)),
+        "build_environment": sha256_hex(b"\0".join(variables)),
+        "build_kernel": sha256_hex(f"{system} {release}".encode()),
+        "build_cpu": sha256_hex(b"\n".join(sorted(cpu))),
     }
-    return {name: sha256_hex(value) for name, value in found.items()}
 
 
 def _take_artifacts(found: Artifacts, folder: str) -> dict[str, str]:
@@ -15612,7 +15629,6 @@ def qemu_vms(guest: Guest, config: Json, folder: str = "") -> VmKind:
 AGENT_UID, BUILD_UID = 1000, 1001
 SYSROOT = "/sysroot"
 _BROKER = "/run/broker/socket"  # below SYSROOT
-_CLONE_NEWIPC, _CLONE_NEWNET = 0x08000000, 0x40000000  # linux/sched.h
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C  # linux/sockios.h
 _IFF_UP = 1  # linux/if.h
 MAX_PROCESSES = 4096  # of a build
@@ -16016,8 +16032,14 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
     for name, major, minor in _DEVICES:
         os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
-    for name, link in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
-        os.symlink(f"/proc/self/{link}", f"{SYSROOT}/dev/{name}")
+    for name, link in (
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("shm", "/work/tmp"),  # sem_open(3) and shm_open(3) make files there
+    ):
+        os.symlink(link, f"{SYSROOT}/dev/{name}")
     folders = [(f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS]
     for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *folders):
         os.mkdir(f"{SYSROOT}/{name}")
