@@ -29227,9 +29227,10 @@ fi
 exec "$@"
 """
 SPY_PROGRAM = r"""
-import ctypes, errno, glob, os, re, socket, time
+import ctypes, errno, glob, multiprocessing, os, re, socket, time
 print("user", os.getuid(), *{os.getgid(), *os.getgroups()})
 print("devices", *sorted(os.listdir("/dev")))
+multiprocessing.Lock()  # a semaphore in /dev/shm
 print("interfaces", *re.findall(r"(\w+):", open("/proc/net/dev").read()))
 uids = {pid: os.stat(pid).st_uid for pid in glob.glob("/proc/[0-9]*") if os.access(pid + "/status", os.R_OK)}
 print("others", *(uid for uid in uids.values() if uid != 1001))
@@ -29459,7 +29460,7 @@ class TestRealGuest:
         assert "QEMU guest, which is not confidential" in confbuild.render_verdict(verdict, False)
         assert (tmp_path / "spy/artifacts/report").read_text().split("\n") == [
             "user 1001 1001",
-            "devices fd full null random stderr stdin stdout tty urandom zero",
+            "devices fd full null random shm stderr stdin stdout tty urandom zero",
             "interfaces lo",
             "others",
             "writes /work/home",
