@@ -5158,31 +5158,36 @@ def _count_threads() -> int:
     return sum(int(match[1]) for match in matches if match)
 
 
-def show_workspace(workspace: str, needed: Iterable[str]) -> str:
+def show_workspace(workspace: str, needed: Sequence[str]) -> str:
     """Show workspace at WORK to this process and its children, with a fixed hostname, and return the path to use.
 
     If this user gets no such namespaces, or one of the needed paths lies below WORK, nothing changes, and the result is
-    workspace itself.
+    workspace itself. If one lies in /dev/shm, that folder stays.
     The caller must have only one thread, and be dumpable: otherwise it may not write its own uid_map.
     """
-    if any((path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))):
+
+    def is_free(folder: str) -> bool:
+        return not any((path + "/").startswith(folder + "/") for given in needed for path in (given, realpath(given)))
+
+    if not is_free(WORK):
         return workspace
     trial = os.fork()  # half a change could not be undone
     if trial == 0:
         try:
-            _enter_namespaces(workspace)
+            _enter_namespaces(workspace, is_free("/dev/shm"))
             os._exit(0)
         finally:
             os._exit(1)
     if os.waitpid(trial, 0)[1]:
         return workspace
-    _enter_namespaces(workspace)
+    _enter_namespaces(workspace, is_free("/dev/shm"))
     return WORK
 
 
-def _enter_namespaces(workspace: str) -> None:
+def _enter_namespaces(workspace: str, own_memory: bool) -> None:
     """Get a root of our own: the folders and links of the present one, except WORK.
 
+    own_memory: replace /dev/shm, where sem_open(3) and shm_open(3) make files, too.
     Raises OSError.
     [mount_namespaces(7), user_namespaces(7)]
     """
@@ -5203,7 +5208,7 @@ def _enter_namespaces(workspace: str) -> None:
         elif entry.is_dir() and entry.path != WORK:
             mount("", root + entry.path, _MS_BIND | _MS_REC, "", entry.path)
     mount("", root + WORK, _MS_BIND, "", workspace)
-    if isdir(f"{root}/dev/shm"):  # sem_open(3) and shm_open(3) make files there
+    if own_memory and isdir(f"{root}/dev/shm"):
         mount("", f"{root}/dev/shm", _MS_BIND, "", f"{root}{WORK}/tmp")
     os.chdir(root)
     mount("", "/", _MS_MOVE, "", ".")
@@ -8549,18 +8554,20 @@ _CAUSE = r"""(?mx)
     """
 
 
-# Each cause has one of these words; searching a line for one takes 0.05 µs.
-_CAUSE_WORDS = "rror ERR go: ***".split()
+# Each cause has one of these words; searching a line for one takes 0.05 µs. "": of the toolchains that are not named.
+_CAUSE_WORDS = {"cargo": ["rror"], "nix": ["rror"], "": ["rror", "ERR", "go:", "***"]}
 
 
 class BuildLog:
     """Passes the lines of a build on to emit, and hashes them as UTF-8, each followed by LF.  [CONTRACT 3.7]
 
     cause: the first line that has the form of an error, or "".  Later errors usually follow from it.
+    toolchain: the name of the one that prints the lines.
     """
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, toolchain: str = "") -> None:
         self.cause = ""
+        self._words = _CAUSE_WORDS.get(toolchain, _CAUSE_WORDS[""])
         self._emit = emit
         self._digest = hashlib.sha256()
 
@@ -8568,7 +8575,7 @@ class BuildLog:
         """Emit lines as events of the phase `build`."""
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
-        if not self.cause and any(word in text for word in _CAUSE_WORDS):
+        if not self.cause and any(word in text for word in self._words):
             match = re.search(_CAUSE, without_colours(text))
             self.cause = match[0].strip() if match else ""
         if lines:
@@ -8619,7 +8626,7 @@ def run_pipeline(
     env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
     plan = _choose(found, root, folder, env, emit, source["digest"]["gitCommit"])
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
-    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit)
+    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit, plan.name)
     with _cached_crates(plan, cache, own, emit):
         network, stdout = _run_steps(plan, project, log)
     emit("provenance", ["Generating provenance"])

@@ -24863,6 +24863,7 @@ class TestAgent:
         assert os.listdir(tmp_path / "vm/tmp") == []
         own_memory, ipc = found[3].split()  # POSIX's lies in the workspace; System V's ends with the build
         assert own_memory == "True" and ipc != os.readlink("/proc/self/ns/ipc")
+        assert enter("/confbuild-test", "/dev/shm/tools")[3].startswith("False ")
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
     def test_what_starts_before_the_sweep(self, tmp_path: Path) -> None:
