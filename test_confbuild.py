@@ -21571,7 +21571,7 @@ class TestPage:
             "ask = async () => ({json: () => ({job_id: ''})}), submit(() => ({url: ''})).then(() => $('go').disabled)"
         )
         browser.wait("!job && !$('home').hidden && !$('go').disabled")
-        browser.run("history.back()")
+        browser.run("setTimeout(() => history.back())")
         browser.wait("job && build && !$('build').hidden")
         request = s.jobs.get(browser.run("job")).request
         assert (request.repo_url, request.repo_ref) == ("https://git.example/demo.git", "v1")
