@@ -5158,29 +5158,27 @@ def _count_threads() -> int:
     return sum(int(match[1]) for match in matches if match)
 
 
-def show_workspace(workspace: str, needed: Sequence[str]) -> str:
+def show_workspace(workspace: str, needed: Iterable[str]) -> str:
     """Show workspace at WORK to this process and its children, with a fixed hostname, and return the path to use.
 
     If this user gets no such namespaces, or one of the needed paths lies below WORK, nothing changes, and the result is
     workspace itself. If one lies in /dev/shm, that folder stays.
     The caller must have only one thread, and be dumpable: otherwise it may not write its own uid_map.
     """
-
-    def is_free(folder: str) -> bool:
-        return not any((path + "/").startswith(folder + "/") for given in needed for path in (given, realpath(given)))
-
-    if not is_free(WORK):
+    paths = [f"{path}/" for given in needed for path in (given, realpath(given))]
+    if any(path.startswith(f"{WORK}/") for path in paths):
         return workspace
+    own_memory = not any(path.startswith("/dev/shm/") for path in paths)
     trial = os.fork()  # half a change could not be undone
     if trial == 0:
         try:
-            _enter_namespaces(workspace, is_free("/dev/shm"))
+            _enter_namespaces(workspace, own_memory)
             os._exit(0)
         finally:
             os._exit(1)
     if os.waitpid(trial, 0)[1]:
         return workspace
-    _enter_namespaces(workspace, is_free("/dev/shm"))
+    _enter_namespaces(workspace, own_memory)
     return WORK
 
 
