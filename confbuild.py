@@ -12211,28 +12211,29 @@ class Api(NamedTuple):
             raise Refused(413, "PayloadTooLarge", f"the archive has more than {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
-        archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
-        try:
-            self.jobs.check_open(key)
-            with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
-                while body.tell() < length:
-                    block = request.read(BLOCK)
-                    if not block:
-                        raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
-                    body.write(block)
-                if raw:  # the archive is the body; artifacts may come several times
-                    patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
-                    fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
-                else:
-                    fields = read_fields(body, archive, limit)
-            job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
-        except (Refused, OSError):  # a build with this key may be known
-            known = self.jobs.table.find(key)
-            if not known:
-                raise
-            job = known
-        finally:
-            remove_tree(archive)  # if it was not moved
+        job = self.jobs.table.find(key)
+        if not job:
+            archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
+            try:
+                self.jobs.check_open(key)
+                with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
+                    while body.tell() < length:
+                        block = request.read(BLOCK)
+                        if not block:
+                            raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
+                        body.write(block)
+                    if raw:  # the archive is the body; artifacts may come several times
+                        patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
+                        fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
+                    else:
+                        fields = read_fields(body, archive, limit)
+                job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
+            except (Refused, OSError):  # a build with this key may be known by now
+                job = self.jobs.table.find(key)
+                if not job:
+                    raise
+            finally:
+                remove_tree(archive)  # if it was not moved
         while request.read(BLOCK):  # if the build was known; many clients read no answer before they have sent all
             pass
         return json_response({"job_id": job.id})
